@@ -1,0 +1,136 @@
+"""Beam search over the drafter's step; keeps every scored candidate and its back-pointer (paper section 3.2)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+from redrafter.algorithm.ops import Array, Ops
+
+
+class DraftBeams(NamedTuple):
+    """The pool: every (beam, child) pair that was scored, depth by depth, so a parent stands before its children."""
+
+    tokens: Array
+    """[B, P] int64 target token ids"""
+    parent: Array
+    """[B, P] int64 pool slot of the parent, -1 for children of the root"""
+    depth: Array
+    """[B, P] int64, 1 for children of the root"""
+    score: Array
+    """[B, P] float32 path score: the sum of log child weights from the root; a child's is never above its parent's"""
+    final: Array
+    """[B, W] int64 pool slots of the beams that survived to the last depth, best first"""
+    draft_length: int
+
+
+class Reading(NamedTuple):
+    """What the target has read since the drafter last looked: pair i is (features at position first + i, the token
+    at position first + i + 1). The last pair's token is the root. Pairs past ``count`` repeat the last one."""
+
+    features: Array
+    """[B, T, F]"""
+    tokens: Array
+    """[B, T] int64"""
+    first: Array
+    """[B] int64 absolute position of pair 0"""
+    count: Array
+    """[B] int64, at least 1"""
+
+
+class Drafter(Protocol):
+    """What the beam search asks of a drafter. Its state is opaque; beams are on axis 1 of every array in it."""
+
+    def begin(self, reading: Reading) -> Any:
+        """One beam per row: the state after the root was read."""
+
+    def extend(self, state: Any, beam_BW: Array, token_BW: Array) -> Any:
+        """W beams: beam w continues beam ``beam_BW[:, w]`` of ``state`` by ``token_BW[:, w]`` (a target id)."""
+
+    def logits(self, state: Any) -> Array:
+        """[B, W, V_d] float32: scores of the next token over the draft vocabulary."""
+
+    @property
+    def token_ids(self) -> Array | None:
+        """[V_d] target ids of the draft vocabulary; None when it is the target's own."""
+
+
+class BeamShape(Protocol):
+    beam_width: int
+    branching: int
+    draft_length: int
+
+
+def draft(
+    ops: Ops,
+    drafter: Drafter,
+    reading: Reading,
+    root_B: Array,
+    shape: BeamShape,
+    noise: tuple[Array, Array] | None = None,
+) -> DraftBeams:
+    """Write candidate continuations of the root.
+
+    ``noise`` = (gumbel [B, draft_length, V], inverse temperature [B]): seed-coupled beams rank children by
+    log q + G, the very noise the target will add, and weigh them by softmax of that (algorithms.md 2.4, tau_c = 1);
+    a row whose inverse temperature is 0 is greedy and ignores it. Without noise a child's weight is q.
+    """
+    state = drafter.begin(reading)
+    rows = root_B.shape[0]
+    slot_BW = ops.full((rows, 1), -1, like=root_B)
+    score_BW = ops.full((rows, 1), 0.0, like=root_B)
+    pool: list[tuple[Array, Array, Array, Array]] = []
+    size = 0
+    for depth in range(1, shape.draft_length + 1):
+        logits_BWV = drafter.logits(state)
+        if noise is not None:
+            logits_BWV = _couple(ops, logits_BWV, noise[0][:, depth - 1], noise[1], drafter.token_ids)
+        # From the root there is one beam, so it must have enough children to fill the next depth's beams.
+        children = max(shape.branching, shape.beam_width) if depth == 1 else shape.branching
+        children = min(children, logits_BWV.shape[-1])
+        best_BWK, index_BWK = ops.top_k(logits_BWV, children)
+        child_BWK = best_BWK - ops.logsumexp(logits_BWV) + score_BW[:, :, None]
+        child_BWK = ops.where(child_BWK > score_BW[:, :, None], score_BW[:, :, None], child_BWK)  # rounding may lift it
+        beams = child_BWK.shape[1]
+        child_BC = child_BWK.reshape(rows, beams * children)
+        token_BC = index_BWK.reshape(rows, beams * children)
+        if drafter.token_ids is not None:
+            token_BC = drafter.token_ids[token_BC]
+        parent_BC = (slot_BW[:, :, None] + 0 * index_BWK).reshape(rows, beams * children)
+        pool.append((token_BC, parent_BC, ops.full((rows, beams * children), depth, like=root_B), child_BC))
+        width = min(shape.beam_width, beams * children)
+        score_BW, winner_BW = ops.top_k(child_BC, width)
+        slot_BW = winner_BW + size
+        size += beams * children
+        if depth < shape.draft_length:
+            token_BW = ops.take_along(token_BC, winner_BW, 1)
+            state = drafter.extend(state, winner_BW // children, token_BW)
+    columns = [ops.concat([level[i] for level in pool], 1) for i in range(4)]
+    return DraftBeams(*columns, final=slot_BW, draft_length=shape.draft_length)
+
+
+def _couple(
+    ops: Ops, logits_BWV: Array, noise_BV: Array, inverse_temperature_B: Array, token_ids: Array | None
+) -> Array:
+    """log q / T + G for rows that sample, log q for greedy rows (inverse temperature 0)."""
+    if token_ids is not None:
+        noise_BV = noise_BV[:, token_ids]
+    inverse = inverse_temperature_B[:, None, None]
+    return ops.where(inverse > 0, logits_BWV * inverse + noise_BV[:, None, :], logits_BWV)
+
+
+def no_beams(ops: Ops, root_B: Array) -> DraftBeams:
+    """An empty pool: the tree is then its root, which is plain decoding."""
+    empty = ops.full((root_B.shape[0], 0), 0, like=root_B)
+    return DraftBeams(empty, empty, empty, ops.float32(empty), empty, draft_length=0)
+
+
+def beam_tokens(ops: Ops, beams: DraftBeams) -> tuple[Array, Array]:
+    """The final beams written out: tokens [B, W, L] and path scores [B, W, L] of each prefix, by following back-pointers."""
+    slot_BW = beams.final
+    tokens, scores = [], []
+    for _ in range(beams.draft_length):
+        tokens.append(ops.take_along(beams.tokens, slot_BW, 1))
+        scores.append(ops.take_along(beams.score, slot_BW, 1))
+        slot_BW = ops.take_along(beams.parent, slot_BW, 1)
+        slot_BW = ops.where(slot_BW < 0, slot_BW * 0, slot_BW)  # only after the last step, where it is not read
+    return ops.stack(tokens[::-1], 2), ops.stack(scores[::-1], 2)

@@ -1,0 +1,1 @@
+"""Modules and devices. The backends do not see each other."""

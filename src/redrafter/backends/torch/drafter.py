@@ -1,0 +1,190 @@
+"""The recurrent drafter: one configuration, several variants, one forward for training and decoding.
+
+Context (once per step):  c = trunk(W_f [features ; e(next)])       or the last hidden state itself (paper)
+Cell (per drafted token): s = SiLU(W e + U s + b), s_0 = 0 (paper section 3.1, ``rnn``), or a GRU
+Head (per drafted token): logits = head(n x (x + SiLU(L x + b)) of [c ; s])
+
+Embeddings, and with ``head="tied"`` the output head, are the target's own and frozen: they are passed in, never stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from redrafter.backends.torch.trunk import Store, Trunk, rms
+from redrafter.errors import CorruptModel
+
+CELLS = ("rnn", "sum", "gru", "medusa")
+HEADS = ("own", "tied")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrafterConfig:
+    """Everything that shapes a drafter. ``cell="rnn", head="own", feature_layers=()`` is Apple's.
+
+    feature_layers: target layers whose output joins the last hidden state (0 is the first layer's output);
+    cell: rnn | sum (Apple's rnn=False: s + e) | gru | medusa (no recurrence: one residual block per depth);
+    exit_dim: width of the residual blocks, 0 for context + state; trunk_layers: layers of the context trunk, run once
+    per step, with trunk_heads attention heads (0: none, SwiGLU only) over the last trunk_window tokens;
+    draft_vocabulary: number of tokens it can propose, 0 for all of the target's; draft_length: depths trained for.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_target_layers: int
+    feature_layers: tuple[int, ...] = ()
+    cell: str = "rnn"
+    head: str = "own"
+    state_size: int = 0
+    exit_dim: int = 0
+    num_blocks: int = 2
+    trunk_layers: int = 0
+    trunk_heads: int = 0
+    trunk_kv_heads: int = 0
+    trunk_expansion: float = 2.0
+    trunk_window: int = 512
+    draft_vocabulary: int = 0
+    draft_length: int = 8
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "feature_layers", tuple(self.feature_layers))
+        object.__setattr__(self, "state_size", self.state_size or self.hidden_size)
+        object.__setattr__(self, "exit_dim", self.exit_dim or self.hidden_size + self.state_size)
+        object.__setattr__(self, "trunk_kv_heads", self.trunk_kv_heads or self.trunk_heads)
+        if self.trunk_heads and (self.hidden_size % (2 * self.trunk_heads) or self.trunk_heads % self.trunk_kv_heads):
+            raise CorruptModel(
+                f"drafter config: trunk_heads={self.trunk_heads}, trunk_kv_heads={self.trunk_kv_heads} do not divide "
+                f"hidden_size={self.hidden_size} into even heads"
+            )
+        for name, value, allowed in (("cell", self.cell, CELLS), ("head", self.head, HEADS)):
+            if value not in allowed:
+                raise CorruptModel(
+                    f"drafter config: {name}={value!r} is unknown; it must be one of {', '.join(allowed)}"
+                )
+        if self.cell == "sum" and self.state_size != self.hidden_size:
+            raise CorruptModel(f"drafter config: cell='sum' needs state_size={self.hidden_size}, not {self.state_size}")
+
+    @property
+    def fused(self) -> bool:
+        """Whether a learned context replaces the bare last hidden state."""
+        return bool(self.feature_layers) or self.trunk_layers > 0
+
+    @property
+    def feature_size(self) -> int:
+        return self.hidden_size * (1 + len(self.feature_layers))
+
+    @property
+    def vocabulary(self) -> int:
+        return self.draft_vocabulary or self.vocab_size
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DrafterConfig:
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise CorruptModel(
+                f"drafter config: unknown keys {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+            )
+        return cls(**values)
+
+
+class ResidualBlock(nn.Module):
+    """x + SiLU(L x + b) (paper section 3.1; Medusa's block)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.silu(self.linear(x))
+
+
+class Drafter(nn.Module):
+    """The drafter's own weights. Tensors keep any leading axes; the last one is the width."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, state = config.hidden_size, config.state_size
+        if config.fused:
+            self.fuse = nn.Linear(config.feature_size + width, width, bias=False)
+            self.trunk = Trunk(
+                config.trunk_layers,
+                width,
+                config.trunk_heads,
+                config.trunk_kv_heads,
+                config.trunk_expansion,
+                config.trunk_window,
+            )
+        if config.cell == "rnn":
+            self.rnn_w = nn.Linear(width, state, bias=False)
+            self.rnn_u = nn.Linear(state, state)
+        elif config.cell == "gru":
+            self.gru_w = nn.Linear(width, 3 * state, bias=False)
+            self.gru_u = nn.Linear(state, 3 * state)
+        elif config.cell == "medusa":
+            self.depth_blocks = nn.ModuleList(ResidualBlock(state) for _ in range(config.draft_length))
+        joint = width + state
+        if config.exit_dim != joint:
+            self.input_proj = nn.Linear(joint, config.exit_dim)
+        self.blocks = nn.ModuleList(ResidualBlock(config.exit_dim) for _ in range(config.num_blocks))
+        if config.head == "own":
+            self.head = nn.Linear(config.exit_dim, config.vocabulary, bias=False)
+        else:
+            self.exit = nn.Linear(config.exit_dim, width, bias=False)
+        self.register_buffer("token_ids", torch.arange(config.vocabulary), persistent=config.draft_vocabulary > 0)
+
+    def context(
+        self,
+        features_BTF: Tensor,
+        next_BTD: Tensor,
+        position_BT: Tensor,
+        mask: Tensor | None = None,
+        store: Store | None = None,
+    ) -> Tensor:
+        """What stays constant while one tree is drafted: [B, T, F] features, [B, T, D] embeddings of the tokens that
+        follow them -> [B, T, D]. ``mask`` and ``store`` are the trunk's (``trunk.py``); without them T is the text."""
+        if not self.config.fused:
+            return features_BTF[..., : self.config.hidden_size]
+        parts = [rms(x) for x in features_BTF.split(self.config.hidden_size, dim=-1)]
+        x = self.fuse(torch.cat([*parts, rms(next_BTD)], dim=-1))
+        return rms(self.trunk(x, position_BT, mask, store))
+
+    def first_state(self, context: Tensor, root_embedding: Tensor) -> Tensor:
+        """s_1: the state after the root, from s_0 = 0. [..., D], [..., D] -> [..., state]."""
+        zero = context.new_zeros(*context.shape[:-1], self.config.state_size)
+        return self.next_state(zero, root_embedding, 0)
+
+    def next_state(self, state: Tensor, embedding: Tensor, depth: int) -> Tensor:
+        """[..., state], [..., D] -> [..., state]: read one more token. ``depth`` counts drafted tokens read before it."""
+        if self.config.cell == "sum":
+            return state + embedding
+        if self.config.cell == "medusa":
+            # No recurrence: the state names the depth only, and the tokens drafted so far are not looked at.
+            if depth == 0:
+                return self.depth_blocks[0](rms(embedding))
+            return self.depth_blocks[min(depth, self.config.draft_length - 1)](state)
+        e = rms(embedding) if self.config.fused else embedding
+        if self.config.cell == "rnn":
+            return F.silu(self.rnn_w(e) + self.rnn_u(state))
+        r_w, z_w, n_w = self.gru_w(e).chunk(3, -1)
+        r_u, z_u, n_u = self.gru_u(state).chunk(3, -1)
+        z = torch.sigmoid(z_w + z_u)
+        return (1 - z) * torch.tanh(n_w + torch.sigmoid(r_w + r_u) * n_u) + z * state
+
+    def exit_hidden(self, context: Tensor, state: Tensor) -> Tensor:
+        """[..., exit_dim] (own head) or [..., D] (tied head): what the head is applied to. h first, as Apple's."""
+        x = torch.cat([context.expand(*state.shape[:-1], context.shape[-1]), state], dim=-1)
+        if self.config.exit_dim != x.shape[-1]:
+            x = self.input_proj(x)
+        for block in self.blocks:
+            x = block(x)
+        return x if self.config.head == "own" else self.exit(x)

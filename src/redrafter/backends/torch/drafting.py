@@ -1,0 +1,101 @@
+"""A drafter at work: bound to its target's embedding and head, with the trunk's keys and values of every row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from redrafter.algorithm.beam import Reading
+from redrafter.backends.torch.drafter import Drafter
+
+
+class DraftState(NamedTuple):
+    context: Tensor
+    """[B, 1, D]"""
+    state: Tensor
+    """[B, W, state]"""
+    depth: int
+
+
+class TorchDrafter:
+    """What the beam search calls (``algorithm/beam.py``).
+
+    embed: target ids -> [..., D]; head: exit hidden [..., X] -> logits over the draft vocabulary, or over its first
+    ``vocabulary`` tokens (the ids are sorted by how often the target says them).
+    """
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        embed: Callable[[Tensor], Tensor],
+        head: Callable[[Tensor], Tensor],
+        vocabulary: int = 0,
+    ) -> None:
+        self.drafter = drafter
+        self._embed = embed
+        self._head = head
+        reduced = drafter.config.draft_vocabulary > 0
+        self.token_ids = drafter.token_ids[: vocabulary or None] if reduced else None
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+
+    def allocate(self, rows: int, capacity: int) -> None:
+        """Room for the trunk's keys and values of ``rows`` texts of up to ``capacity`` tokens."""
+        config = self.drafter.config
+        if not (config.trunk_layers and config.trunk_heads):
+            return
+        weight = self.drafter.fuse.weight
+        # One step writes draft_length + 1 pairs, of which those past the accepted ones are overwritten by the next.
+        size = (rows, config.trunk_kv_heads, capacity + 64, config.hidden_size // config.trunk_heads)
+        self._keys = [torch.zeros(size, dtype=weight.dtype, device=weight.device) for _ in range(config.trunk_layers)]
+        self._values = [torch.zeros_like(k) for k in self._keys]
+
+    def move_row(self, source: int, to: int) -> None:
+        """Row ``to`` becomes what row ``source`` was."""
+        for cache in (*self._keys, *self._values):
+            cache[to] = cache[source]
+
+    def read(self, reading: Reading, row: int = 0) -> Tensor:
+        """The context [B, T, D] of every pair, whose keys and values are kept in rows ``row`` onward."""
+        next_BTD = self._embed(reading.tokens)
+        features = reading.features.to(next_BTD.dtype)
+        first_B = reading.first.clamp(min=0)
+        position_BT = first_B[:, None] + torch.arange(reading.tokens.shape[1], device=first_B.device)
+        if not self._keys:
+            return self.drafter.context(features, next_BTD, position_BT)
+        rows = slice(row, row + position_BT.shape[0])
+        limit = self._limit(position_BT)
+
+        def store(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            for cache, new in ((self._keys[layer], keys), (self._values[layer], values)):
+                index = position_BT[:, None, :, None].expand(new.shape)
+                cache[rows].scatter_(2, index, new)
+            return self._keys[layer][rows, :, :limit], self._values[layer][rows, :, :limit]
+
+        slots = torch.arange(limit, device=first_B.device)[None]
+        mask = self.drafter.trunk.visible(position_BT, slots)
+        return self.drafter.context(features, next_BTD, position_BT, mask, store)
+
+    def _limit(self, position_BT: Tensor) -> int:
+        """How many slots attention must look at: on the CPU those in use, elsewhere all, so that shapes are static."""
+        return int(position_BT.max()) + 1 if position_BT.device.type == "cpu" else self._keys[0].shape[2]
+
+    def begin(self, reading: Reading) -> DraftState:
+        context_BTD = self.read(reading)
+        rows = torch.arange(context_BTD.shape[0], device=context_BTD.device)
+        last_B = reading.count - 1
+        context = context_BTD[rows, last_B][:, None]
+        root = self._embed(reading.tokens[rows, last_B])[:, None]
+        return DraftState(context, self.drafter.first_state(context, root), 0)
+
+    def extend(self, state: DraftState, beam_BW: Tensor, token_BW: Tensor) -> DraftState:
+        index = beam_BW[:, :, None].expand(*beam_BW.shape, state.state.shape[-1])
+        parent = torch.gather(state.state, 1, index)
+        depth = state.depth + 1
+        return DraftState(state.context, self.drafter.next_state(parent, self._embed(token_BW), depth), depth)
+
+    def logits(self, state: DraftState) -> Tensor:
+        return self._head(self.drafter.exit_hidden(state.context, state.state)).float()

@@ -1,0 +1,39 @@
+"""Every error a user can meet. One line each: the value, the limit, the fix."""
+
+from __future__ import annotations
+
+
+class RedrafterError(Exception):
+    """Base of all errors raised on purpose; ``exit_code`` is what the command line returns."""
+
+    exit_code = 1
+
+
+class InvalidRequest(RedrafterError, ValueError):
+    """A setting, prompt or combination of them that cannot be served."""
+
+    exit_code = 2
+
+
+class ModelNotFound(RedrafterError):
+    """No model or drafter under that name."""
+
+
+class CorruptModel(RedrafterError):
+    """Files that are missing, truncated, changed, or not what their manifest or configuration says."""
+
+
+class UnsupportedModel(RedrafterError):
+    """An architecture or feature that cannot be run exactly."""
+
+
+class IncompatibleDrafter(RedrafterError):
+    """A drafter that was trained for another target."""
+
+
+class OutOfMemory(RedrafterError):
+    """The key/value cache or the weights do not fit."""
+
+
+class NonFiniteLogits(RedrafterError):
+    """The target produced NaN or infinite logits for a request."""
