@@ -12,42 +12,34 @@ from redrafter.algorithm.ops import Array, Ops
 from redrafter.algorithm.sampling import Sampling, warp
 from redrafter.algorithm.tree import TokenTree
 
+LARGEST = 3.0e38  # scores beyond it, and NaN, are not finite
+
 
 class Accepted(NamedTuple):
     path: Array
     """[B, L+1] int64 node on the accepted path at each depth (0 the root); past ``length`` the last node repeats"""
-    length: Array
-    """[B] int64 drafted tokens accepted, the root and the bonus not counted"""
-    bonus: Array
-    """[B] int64 the target's own extra token"""
+    length: Array  # [B] int64 drafted tokens accepted, the root and the bonus not counted
+    bonus: Array  # [B] int64 the target's own extra token
     tokens: Array
     """[B, L+1] int64 what is emitted: ``length`` drafted tokens, then the bonus (which repeats to the end)"""
-    finite: Array
-    """[B] bool: False where the logits that chose an emitted token were not finite"""
+    finite: Array  # [B] bool: False where the logits that chose an emitted token were not finite
 
 
 class Choice(NamedTuple):
-    token: Array
-    """[B, N] int64 the target's next token after each node"""
-    finite: Array
-    """[B, N] bool: the winning score is a finite number"""
+    token: Array  # [B, N] int64 the target's next token after each node
+    finite: Array  # [B, N] bool: the winning score is a finite number
 
 
 def choose(ops: Ops, logits_BNV: Array, tree: TokenTree, sampling: Sampling, noise_BPV: Array | None) -> Choice:
     """argmax(warped logits + G) at every node; nodes of one depth share the noise of the position they choose for."""
     z = warp(ops, logits_BNV, tree, sampling)
     if noise_BPV is not None and sampling.inverse_temperature is not None:
-        rows, nodes = tree.depth.shape
-        row = ops.arange(rows, like=tree.depth)[:, None]
+        row = ops.arange(tree.depth.shape[0], like=tree.depth)[:, None]
         sampled = (sampling.inverse_temperature > 0)[:, None, None]
         z = ops.where(sampled, z + noise_BPV[row, tree.depth], z)
     token_BN = ops.argmax(z)
     best = ops.take_along(z, token_BN[:, :, None], 2)[:, :, 0]
-    return Choice(token_BN, (best > NEVER_BELOW) & (best < -NEVER_BELOW))
-
-
-NEVER_BELOW = -3.0e38
-"""Scores beyond +-3e38, and NaN, are not finite."""
+    return Choice(token_BN, (best > -LARGEST) & (best < LARGEST))
 
 
 def accept(ops: Ops, tree: TokenTree, choice: Choice, depths: int) -> Accepted:
@@ -56,10 +48,9 @@ def accept(ops: Ops, tree: TokenTree, choice: Choice, depths: int) -> Accepted:
     Siblings have distinct tokens, so the accepted nodes form one path.
     """
     token_BN = choice.token
-    match_BN = (tree.tokens == ops.take_along(token_BN, tree.parent, 1)) & tree.live
-    match_BN = match_BN | (tree.depth == 0)
-    broken_BN = ops.sum(tree.mask & ~match_BN[:, None, :])
-    on_path_BN = broken_BN == 0
+    chosen_BN = (tree.tokens == ops.take_along(token_BN, tree.parent, 1)) & tree.live
+    match_BN = chosen_BN | (tree.depth == 0)
+    on_path_BN = ops.sum(tree.mask & ~match_BN[:, None, :]) == 0
     length_B = ops.sum(on_path_BN) - 1
     # For every depth the accepted node at that depth; deeper than the path, the last accepted one.
     depth_D = ops.arange(depths, like=tree.depth)[None, :]

@@ -10,16 +10,12 @@ from redrafter.algorithm.ops import Array, Ops
 class DraftBeams(NamedTuple):
     """The pool: every (beam, child) pair that was scored, depth by depth, so a parent stands before its children."""
 
-    tokens: Array
-    """[B, P] int64 target token ids"""
-    parent: Array
-    """[B, P] int64 pool slot of the parent, -1 for children of the root"""
-    depth: Array
-    """[B, P] int64, 1 for children of the root"""
+    tokens: Array  # [B, P] int64 target token ids
+    parent: Array  # [B, P] int64 pool slot of the parent, -1 for children of the root
+    depth: Array  # [B, P] int64, 1 for children of the root
     score: Array
     """[B, P] float32 path score: the sum of log child weights from the root; a child's is never above its parent's"""
-    final: Array
-    """[B, W] int64 pool slots of the beams that survived to the last depth, best first"""
+    final: Array  # [B, W] int64 pool slots of the beams that survived to the last depth, best first
     draft_length: int
 
 
@@ -27,14 +23,10 @@ class Reading(NamedTuple):
     """What the target has read since the drafter last looked: pair i is (features at position first + i, the token
     at position first + i + 1). The last pair's token is the root. Pairs past ``count`` repeat the last one."""
 
-    features: Array
-    """[B, T, F]"""
-    tokens: Array
-    """[B, T] int64"""
-    first: Array
-    """[B] int64 absolute position of pair 0"""
-    count: Array
-    """[B] int64, at least 1"""
+    features: Array  # [B, T, F]
+    tokens: Array  # [B, T] int64
+    first: Array  # [B] int64 absolute position of pair 0
+    count: Array  # [B] int64, at least 1
 
 
 class Drafter(Protocol):
@@ -89,13 +81,13 @@ def draft(
         children = min(children, logits_BWV.shape[-1])
         best_BWK, index_BWK = ops.top_k(logits_BWV, children)
         child_BWK = best_BWK - ops.logsumexp(logits_BWV) + score_BW[:, :, None]
-        child_BWK = ops.where(child_BWK > score_BW[:, :, None], score_BW[:, :, None], child_BWK)  # rounding may lift it
+        # Rounding may lift a child over its parent, and a broken drafter may say NaN: neither may reorder the tree.
+        child_BWK = ops.where(child_BWK <= score_BW[:, :, None], child_BWK, score_BW[:, :, None])
         beams = child_BWK.shape[1]
-        child_BC = child_BWK.reshape(rows, beams * children)
-        token_BC = index_BWK.reshape(rows, beams * children)
+        child_BC, token_BC = child_BWK.reshape(rows, -1), index_BWK.reshape(rows, -1)
         if drafter.token_ids is not None:
             token_BC = drafter.token_ids[token_BC]
-        parent_BC = (slot_BW[:, :, None] + 0 * index_BWK).reshape(rows, beams * children)
+        parent_BC = (slot_BW[:, :, None] + 0 * index_BWK).reshape(rows, -1)
         pool.append((token_BC, parent_BC, ops.full((rows, beams * children), depth, like=root_B), child_BC))
         width = min(shape.beam_width, beams * children)
         score_BW, winner_BW = ops.top_k(child_BC, width)
@@ -125,7 +117,7 @@ def no_beams(ops: Ops, root_B: Array) -> DraftBeams:
 
 
 def beam_tokens(ops: Ops, beams: DraftBeams) -> tuple[Array, Array]:
-    """The final beams written out: tokens [B, W, L] and path scores [B, W, L] of each prefix, by following back-pointers."""
+    """The final beams, by following back-pointers: tokens [B, W, L] and path scores [B, W, L] of every prefix."""
     slot_BW = beams.final
     tokens, scores = [], []
     for _ in range(beams.draft_length):

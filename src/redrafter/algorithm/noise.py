@@ -57,7 +57,7 @@ def random_bits(ops: Ops, key_B2: Array, position_BP: Array, token_V: Array) -> 
 
 
 def gumbel(ops: Ops, key_B2: Array, position_BP: Array, token_V: Array) -> Array:
-    """float32 [B, P, V]: standard Gumbel noise, about -3.1 to 22.9.
+    """float32 [B, P, V]: standard Gumbel noise, from -2.82 to 22.9.
 
     argmax(logits/T + noise) is a draw from softmax(logits/T). The uniform number keeps 32 bits where it is small, and
     small uniform numbers make the large noise that decides the argmax: G = -log(-log1p(-u)).

@@ -23,9 +23,6 @@ class Ops(Protocol):
     def int32(self, x: Array) -> Array:
         """Cast to int32; arithmetic on it must wrap modulo 2**32."""
 
-    def integer(self, x: Array) -> Array:
-        """Cast to int64."""
-
     def float32(self, x: Array) -> Array: ...
 
     def where(self, condition: Array, a: Array | float | int, b: Array | float | int) -> Array: ...
@@ -57,8 +54,6 @@ class Ops(Protocol):
 
     def sort_descending(self, x: Array) -> Array:
         """The values of the last axis, largest first."""
-
-    def log_softmax(self, x: Array) -> Array: ...
 
     def logsumexp(self, x: Array) -> Array:
         """Over the last axis, which is kept with length 1."""

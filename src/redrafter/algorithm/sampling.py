@@ -17,33 +17,22 @@ NEVER = float("-inf")
 class Penalties(NamedTuple):
     """Penalty settings and the tokens they count; the root is already counted."""
 
-    repetition: Array
-    """[B] float32, 1 is off"""
-    presence: Array
-    """[B] float32, 0 is off"""
-    frequency: Array
-    """[B] float32, 0 is off"""
-    prompt: Array
-    """[B, V] float32, times each token stands in the prompt"""
-    answer: Array
-    """[B, V] float32, times each token stands in the answer so far, the root included"""
+    repetition: Array  # [B] float32, 1 is off
+    presence: Array  # [B] float32, 0 is off
+    frequency: Array  # [B] float32, 0 is off
+    prompt: Array  # [B, V] float32, times each token stands in the prompt
+    answer: Array  # [B, V] float32, times each token stands in the answer so far, the root included
 
 
 class Sampling(NamedTuple):
     """A batch's sampling settings as arrays. A field is None when no row of the batch uses it."""
 
-    inverse_temperature: Array | None = None
-    """[B] float32, 0 for greedy rows; None when every row is greedy"""
-    key: Array | None = None
-    """[B, 2] noise keys (noise.key_of)"""
-    top_k: Array | None = None
-    """[B] int64, the vocabulary size where off"""
-    top_p: Array | None = None
-    """[B] float32"""
-    log_min_p: Array | None = None
-    """[B] float32, -inf where off"""
-    bias: Array | None = None
-    """[B, V] float32"""
+    inverse_temperature: Array | None = None  # [B] float32, 0 for greedy rows; None when every row is greedy
+    key: Array | None = None  # [B, 2] noise keys (noise.key_of)
+    top_k: Array | None = None  # [B] int64, the vocabulary size where off
+    top_p: Array | None = None  # [B] float32
+    log_min_p: Array | None = None  # [B] float32, -inf where off
+    bias: Array | None = None  # [B, V] float32
     penalties: Penalties | None = None
 
 
@@ -81,12 +70,11 @@ def _cut(ops: Ops, z: Array, sampling: Sampling) -> Array:
     rank = ops.arange(z.shape[-1], like=z)
     if sampling.top_k is not None:
         # Ties with the k-th score stay in, as they do when the cut is applied to the unsorted scores.
-        last = ops.where(sampling.top_k > 0, sampling.top_k - 1, 0)[:, None, None] + 0 * ops.integer(z[:, :, :1] * 0)
+        last = ops.full((*z.shape[:2], 1), 0, like=z) + (sampling.top_k - 1)[:, None, None]
         kth = ops.take_along(sorted_z, last, 2)
         sorted_z = ops.where(sorted_z < kth, NEVER, sorted_z)
     keep = rank[None, None, :] < z.shape[-1]
     if sampling.top_p is not None:
         p = ops.softmax(sorted_z)
-        keep = (ops.cumsum(p) - p) < sampling.top_p[:, None, None]
-        keep = keep | (rank == 0)[None, None, :]
+        keep = ((ops.cumsum(p) - p) < sampling.top_p[:, None, None]) | (rank == 0)[None, None, :]
     return -ops.amax(ops.where(keep & (sorted_z > NEVER), -sorted_z, NEVER))

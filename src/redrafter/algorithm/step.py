@@ -32,10 +32,8 @@ class Target(Protocol):
 class DecodeState(NamedTuple):
     reading: Reading
     """the target's hidden states (and fused layers) of the tokens committed by the last step, for the drafter"""
-    root: Array
-    """[B] int64 the token the target already guaranteed, emitted but not yet in the cache"""
-    lengths: Array
-    """[B] int64 tokens in the cache, which is also the root's absolute position"""
+    root: Array  # [B] int64 the token the target already guaranteed, emitted but not yet in the cache
+    lengths: Array  # [B] int64 tokens in the cache, which is also the root's absolute position
     sampling: Sampling
 
 

@@ -11,20 +11,17 @@ from typing import NamedTuple
 from redrafter.algorithm.beam import DraftBeams
 from redrafter.algorithm.ops import Array, Ops
 
+DEAD = -1.0e30  # a score that no path reaches: marks pool slots that must not be verified
+
 
 class TokenTree(NamedTuple):
     """N nodes, the root first, parents before children. Every prefix of the list is itself a tree."""
 
-    tokens: Array
-    """[B, N] int64"""
-    parent: Array
-    """[B, N] int64 index of the parent node; the root's is 0"""
-    depth: Array
-    """[B, N] int64, root 0"""
-    mask: Array
-    """[B, N, N] bool: node i attends to node j, that is, j is i or an ancestor of i"""
-    live: Array
-    """[B, N] bool: False where a node exists only to fill the shape and may not be accepted"""
+    tokens: Array  # [B, N] int64
+    parent: Array  # [B, N] int64 index of the parent node; the root's is 0
+    depth: Array  # [B, N] int64, root 0
+    mask: Array  # [B, N, N] bool: node i attends to node j, that is, j is i or an ancestor of i
+    live: Array  # [B, N] bool: False where a node exists only to fill the shape and may not be accepted
 
 
 def pack(ops: Ops, beams: DraftBeams, root: Array, tree_size: int) -> TokenTree:
@@ -50,13 +47,8 @@ def pack(ops: Ops, beams: DraftBeams, root: Array, tree_size: int) -> TokenTree:
     parent_BN = ops.concat([zero_B1, ops.where(of_root, zero_B1, parent_rank + 1)], 1)
     tokens_BN = ops.concat([root_B1, ops.take_along(beams.tokens, slot_BN, 1)], 1)
     depth_BN = ops.concat([zero_B1, ops.take_along(beams.depth, slot_BN, 1)], 1)
-    mask_BNN = ancestor_mask(ops, parent_BN, beams.draft_length)
     live_BN = ops.concat([zero_B1 == 0, ops.take_along(beams.score, slot_BN, 1) > DEAD / 2], 1)
-    return TokenTree(tokens_BN, parent_BN, depth_BN, mask_BNN, live_BN)
-
-
-DEAD = -1.0e30
-"""A score that no path reaches: marks pool slots that must not be verified."""
+    return TokenTree(tokens_BN, parent_BN, depth_BN, ancestor_mask(ops, parent_BN, beams.draft_length), live_BN)
 
 
 def ancestor_mask(ops: Ops, parent_BN: Array, draft_length: int) -> Array:

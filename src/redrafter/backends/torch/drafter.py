@@ -9,7 +9,7 @@ Embeddings, and with ``head="tied"`` the output head, are the target's own and f
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -21,6 +21,12 @@ from redrafter.errors import CorruptModel
 
 CELLS = ("rnn", "sum", "gru", "medusa")
 HEADS = ("own", "tied")
+KINDS: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "tuple[int, ...]": (tuple, list),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +72,18 @@ class DrafterConfig:
                 raise CorruptModel(
                     f"drafter config: {name}={value!r} is unknown; it must be one of {', '.join(allowed)}"
                 )
-        if self.cell == "sum" and self.state_size != self.hidden_size:
-            raise CorruptModel(f"drafter config: cell='sum' needs state_size={self.hidden_size}, not {self.state_size}")
+        if self.cell in ("sum", "medusa") and self.state_size != self.hidden_size:
+            raise CorruptModel(
+                f"drafter config: cell={self.cell!r} needs state_size={self.hidden_size}, not {self.state_size}"
+            )
+        if self.draft_vocabulary > self.vocab_size:
+            raise CorruptModel(
+                f"drafter config: draft_vocabulary={self.draft_vocabulary} is over vocab_size={self.vocab_size}"
+            )
+        if any(not 0 <= layer < self.num_target_layers for layer in self.feature_layers):
+            raise CorruptModel(
+                f"drafter config: feature_layers={list(self.feature_layers)} must be in 0..{self.num_target_layers - 1}"
+            )
 
     @property
     def fused(self) -> bool:
@@ -93,6 +109,14 @@ class DrafterConfig:
             raise CorruptModel(
                 f"drafter config: unknown keys {', '.join(unknown)}; known are {', '.join(sorted(known))}"
             )
+        for field in fields(cls):
+            if field.name not in values:
+                if field.default is MISSING:
+                    raise CorruptModel(f"drafter config: {field.name} is missing")
+                continue
+            value, kind = values[field.name], KINDS[str(field.type)]
+            if isinstance(value, bool) or not isinstance(value, kind) or (isinstance(value, int | float) and value < 0):
+                raise CorruptModel(f"drafter config: {field.name}={value!r} must be of type {field.type}, not negative")
         return cls(**values)
 
 
@@ -164,7 +188,7 @@ class Drafter(nn.Module):
         return self.next_state(zero, root_embedding, 0)
 
     def next_state(self, state: Tensor, embedding: Tensor, depth: int) -> Tensor:
-        """[..., state], [..., D] -> [..., state]: read one more token. ``depth`` counts drafted tokens read before it."""
+        """[..., state], [..., D] -> [..., state]: read one more token; ``depth`` drafted tokens were read before it."""
         if self.config.cell == "sum":
             return state + embedding
         if self.config.cell == "medusa":

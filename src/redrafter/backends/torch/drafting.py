@@ -65,6 +65,7 @@ class TorchDrafter:
         first_B = reading.first.clamp(min=0)
         position_BT = first_B[:, None] + torch.arange(reading.tokens.shape[1], device=first_B.device)
         if not self._keys:
+            assert not (self.drafter.config.trunk_layers and self.drafter.config.trunk_heads), "allocate() comes first"
             return self.drafter.context(features, next_BTD, position_BT)
         rows = slice(row, row + position_BT.shape[0])
         limit = self._limit(position_BT)

@@ -20,9 +20,6 @@ class TorchOps:
     def int32(self, x: Tensor) -> Tensor:
         return x.to(torch.int32)
 
-    def integer(self, x: Tensor) -> Tensor:
-        return x.to(torch.int64)
-
     def float32(self, x: Tensor) -> Tensor:
         return x.to(torch.float32)
 
@@ -59,9 +56,6 @@ class TorchOps:
 
     def sort_descending(self, x: Tensor) -> Tensor:
         return torch.sort(x, dim=-1, descending=True).values
-
-    def log_softmax(self, x: Tensor) -> Tensor:
-        return torch.log_softmax(x, dim=-1)
 
     def logsumexp(self, x: Tensor) -> Tensor:
         return torch.logsumexp(x, dim=-1, keepdim=True)
