@@ -43,15 +43,17 @@ class TorchDrafter:
         self._values: list[Tensor] = []
 
     def allocate(self, rows: int, capacity: int) -> None:
-        """Room for the trunk's keys and values of ``rows`` texts of up to ``capacity`` tokens."""
+        """Room for the trunk's keys and values of ``rows`` texts of up to ``capacity`` tokens; grows, never shrinks."""
         config = self.drafter.config
         if not (config.trunk_layers and config.trunk_heads):
             return
-        weight = self.drafter.fuse.weight
+        like = self._embed(torch.zeros(1, dtype=torch.int64, device=self.drafter.token_ids.device))
         # One step writes draft_length + 1 pairs, of which those past the accepted ones are overwritten by the next.
         size = (rows, config.trunk_kv_heads, capacity + 64, config.hidden_size // config.trunk_heads)
-        self._keys = [torch.zeros(size, dtype=weight.dtype, device=weight.device) for _ in range(config.trunk_layers)]
-        self._values = [torch.zeros_like(k) for k in self._keys]
+        for caches in (self._keys, self._values):
+            old, caches[:] = caches[:], [like.new_zeros(size) for _ in range(config.trunk_layers)]
+            for before, after in zip(old, caches, strict=False):
+                after[: before.shape[0], :, : before.shape[2]] = before
 
     def move_row(self, source: int, to: int) -> None:
         """Row ``to`` becomes what row ``source`` was."""

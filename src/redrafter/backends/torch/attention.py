@@ -1,0 +1,63 @@
+"""Attention of tree nodes over the cache, registered with transformers under our own name.
+
+On the CPU it works in float64. A node's keys lie in other slots, among other neighbours, than the same token's keys in
+plain decoding, so a sum over slots runs in another order; in float64 that moves the result by 1e-16, which rounding to
+bfloat16 or float32 removes (chance of one different bit per element about 1e-12 and 1e-8). That, and products that do
+not depend on the number of rows (``linear.py``), make speculative logits equal plain ones bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+EXACT = "redrafter_exact"
+FAST = "redrafter_fast"
+
+
+def exact_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **settings: Any
+) -> tuple[Tensor, None]:
+    """query [B, H, N, d]; key, value [B, Hkv, S, d] float64; mask [B, 1, H/Hkv * N, S] float64, 0 or -inf."""
+    rows, heads, nodes, width = query.shape
+    kv_heads = key.shape[1]
+    scaling = settings.get("scaling") or width**-0.5
+    q = (query.to(key.dtype) * scaling).reshape(rows, kv_heads, heads // kv_heads * nodes, width)
+    scores = q @ key.transpose(2, 3)
+    cap = settings.get("softcap")
+    if cap is not None:
+        scores = torch.tanh(scores / cap) * cap
+    scores += attention_mask
+    y = torch.softmax(scores, dim=-1) @ value
+    return y.reshape(rows, heads, nodes, -1).transpose(1, 2).to(query.dtype), None
+
+
+def fast_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **settings: Any
+) -> tuple[Tensor, None]:
+    """The same through torch's own kernels; mask [B, 1, N, S] bool. Softcapping goes through the exact path."""
+    if settings.get("softcap") is not None:
+        groups = query.shape[1] // key.shape[1]
+        mask = torch.zeros_like(attention_mask, dtype=torch.float32).masked_fill(~attention_mask, float("-inf"))
+        mask = mask.repeat(1, 1, groups, 1)
+        return exact_attention(module, query, key.float(), value.float(), mask, **settings)
+    grouped = query.shape[1] != key.shape[1]
+    scaling = settings.get("scaling")
+    y = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=grouped)
+    return y.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(EXACT, exact_attention)
+AttentionInterface.register(FAST, fast_attention)
+
+
+def mask_for(visible_BNS: Tensor, groups: int, exact: bool) -> Tensor:
+    """The 4-D mask that transformers hands through: bool for the fast path, additive float64 for the exact."""
+    if not exact:
+        return visible_BNS[:, None]
+    mask = torch.zeros(visible_BNS.shape, dtype=torch.float64, device=visible_BNS.device)
+    return mask.masked_fill_(~visible_BNS, float("-inf"))[:, None].repeat(1, 1, groups, 1)

@@ -1,0 +1,101 @@
+"""Keys and values of every row in static slots: token at position p of a row lies in slot p of that row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from redrafter.errors import OutOfMemory
+
+
+class KVCache:
+    """What transformers' attention layers write to and read from, shape [layers, rows, heads, slots, head width].
+
+    ``place`` says where the next forward's tokens go; every layer's ``update`` then writes there and returns the slots
+    in use. Rows past the running ones and slots past the longest row are not looked at.
+    """
+
+    is_compileable = False
+
+    def __init__(self, layers: int, heads: int, head_width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.heads, self.head_width = heads, head_width
+        self._layers, self._dtype, self._device = layers, dtype, device
+        self.keys = torch.zeros(layers, 0, heads, 0, head_width, dtype=dtype, device=device)
+        self.values = torch.zeros_like(self.keys)
+        self._rows = slice(0, 0)
+        self._slot_BN = torch.zeros(0, 0, dtype=torch.int64, device=device)
+        self._limit = 0
+
+    @property
+    def rows(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def slots(self) -> int:
+        return self.keys.shape[3]
+
+    def bytes_for(self, rows: int, slots: int) -> int:
+        return 2 * self._layers * rows * self.heads * slots * self.head_width * self._dtype.itemsize
+
+    def reserve(self, rows: int, slots: int) -> None:
+        """At least so many rows and slots, with what is stored kept. Raises OutOfMemory before anything is lost."""
+        rows, slots = max(rows, self.rows), max(slots, self.slots)
+        if (rows, slots) == (self.rows, self.slots):
+            return
+        need, free = self.bytes_for(rows, slots), free_bytes(self._device)
+        if need > free:
+            raise OutOfMemory(
+                f"the key/value cache needs {need / 2**20:,.0f} MiB for {rows} rows of {slots} tokens, and "
+                f"{free / 2**20:,.0f} MiB are free: lower max_context or max_batch"
+            )
+        size = (self._layers, rows, self.heads, slots, self.head_width)
+        for name in ("keys", "values"):
+            old: Tensor = getattr(self, name)
+            new = torch.zeros(size, dtype=self._dtype, device=self._device)
+            new[:, : old.shape[1], :, : old.shape[3]] = old
+            setattr(self, name, new)
+
+    def place(self, first_row: int, slot_BN: Tensor, limit: int) -> None:
+        """The next forward is of B rows from ``first_row``; token i of row b goes to ``slot_BN[b, i]``; attention
+        looks at the first ``limit`` slots."""
+        self._rows = slice(first_row, first_row + slot_BN.shape[0])
+        self._slot_BN = slot_BN
+        self._limit = limit
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """transformers calls this in every layer with [B, H, N, d]; returns [B, H, limit, d]."""
+        index = self._slot_BN[:, None, :, None].expand(keys.shape)
+        stored = self.keys[layer_idx, self._rows], self.values[layer_idx, self._rows]
+        for cache, new in zip(stored, (keys, values), strict=True):
+            cache.scatter_(2, index, new.to(self._dtype))
+        return stored[0][:, :, : self._limit], stored[1][:, :, : self._limit]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """transformers asks for it where position_ids are not given; ours always are."""
+        return self._limit
+
+    def move_slots(self, source_BD: Tensor, to_BD: Tensor) -> None:
+        """Slot ``to[b, d]`` becomes what slot ``source[b, d]`` was, in every layer; reads all before it writes any."""
+        rows = source_BD.shape[0]
+        for cache in (self.keys[:, :rows], self.values[:, :rows]):
+            shape = (self._layers, rows, self.heads, source_BD.shape[1], self.head_width)
+            moved = cache.gather(3, source_BD[None, :, None, :, None].expand(shape))
+            cache.scatter_(3, to_BD[None, :, None, :, None].expand(shape), moved)
+
+    def move_row(self, source: int, to: int) -> None:
+        """Row ``to`` becomes what row ``source`` was."""
+        for cache in (self.keys, self.values):
+            cache[:, to] = cache[:, source]
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated; where the system does not say, more than anyone has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 2**60
