@@ -1,0 +1,294 @@
+"""The library's front door: ``LLM.from_pretrained(...)``, ``.generate(...)``, ``.stream(...)``."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from redrafter.errors import InvalidRequest, RedrafterError
+from redrafter.models import DEFAULT_MODEL, resolve, resolve_drafter
+from redrafter.params import DecodeConfig, SamplingParams
+from redrafter.text import Detokenizer, Message, Piece, StopMatcher, Tokenizer
+
+if TYPE_CHECKING:
+    from redrafter.engine import Engine, Event, RequestStatistics
+
+Prompt = str | Sequence[Message]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One finished answer. ``token_ids`` ends with the token that completed a stop string, ``text`` before the string.
+
+    finish_reason: "stop" (end-of-text token, stop token or stop string), "length" (max_new_tokens or the context is
+    used up), "error" (then ``error`` says which, and text and ids are what came before it).
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_token_ids: tuple[int, ...]
+    finish_reason: str
+    statistics: RequestStatistics
+    error: RedrafterError | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """What one step added. ``spans`` tell drafted text from the target's own; the last chunk has the completion."""
+
+    spans: tuple[Piece, ...]
+    token_ids: tuple[int, ...]
+    statistics: RequestStatistics
+    completion: Completion | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(span.text for span in self.spans)
+
+
+class LLM:
+    """A target, its drafter and its tokenizer. Not safe to use from several threads at once.
+
+    A ``str`` prompt is one user message if the model has a chat template, and raw text if it has none or with
+    ``raw=True``. A list of ``{"role": ..., "content": ...}`` is a conversation.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, *, model: str = "model", drafter: str | None = None):
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.model = model
+        self.drafter = drafter
+        self._plain: Engine | None = None
+        self._replies: dict[str, _Reply] = {}
+        self._numbers = itertools.count()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path = DEFAULT_MODEL,
+        drafter: str | Path = "auto",
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        max_context: int | None = None,
+        max_batch: int = 8,
+        config: DecodeConfig | None = None,
+        threads: int | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> LLM:
+        """Find, check and load a model and its drafter.
+
+        model: the default's name, a Hub id, a folder or a GGUF file. drafter: "auto" (the shipped one for this model,
+        or none), "none", or a folder. config: the beam shape; None lets the program pick it. progress: told in a few
+        words what is being done.
+        """
+        from redrafter.backends.torch.load import load  # brings torch: only when weights are really loaded
+
+        tell = progress or _silent
+        files = resolve(str(model), progress=tell)
+        drafter_path = resolve_drafter(str(drafter), files)
+        tokenizer = Tokenizer.load(files.path)
+        tell(f"loading {files.name}")
+        engine = load(
+            files,
+            drafter_path,
+            dtype=dtype,
+            device=device,
+            max_context=max_context,
+            max_batch=max_batch,
+            config=config,
+            threads=threads,
+        )
+        return cls(engine, tokenizer, model=files.name, drafter=None if drafter_path is None else drafter_path.name)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        raw: bool = False,
+        speculation: bool = True,
+    ) -> list[Completion]:
+        """Answer one prompt or several, in their order; one prompt gives a list of one.
+
+        speculation=False is plain decoding by the same engine: the same tokens, one per step. A request that fails
+        raises if it was the only one; among several it is a Completion whose ``error`` is set.
+        """
+        batch = _as_batch(prompts)
+        settings = _as_settings(params, len(batch))
+        prompt_ids = [self.encode(prompt, raw=raw) for prompt in batch]
+        engine = self._engine(speculation)
+        replies: list[_Reply] = []
+        try:
+            for ids, setting in zip(prompt_ids, settings, strict=True):
+                replies.append(self._open(engine, ids, setting))
+            while any(reply.completion is None for reply in replies):
+                self._step(engine)
+        finally:
+            for reply in replies:
+                self._close(reply)
+        completions = [reply.completion for reply in replies if reply.completion is not None]
+        if len(completions) == 1 and completions[0].error is not None:
+            raise completions[0].error
+        return completions
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        raw: bool = False,
+        speculation: bool = True,
+    ) -> Iterator[Chunk]:
+        """Answer one prompt, a chunk per step. Leaving the loop early (closing the iterator) cancels the request."""
+        return self._stream(self.encode(prompt, raw=raw), params or SamplingParams(), self._engine(speculation))
+
+    def _stream(self, prompt_ids: list[int], params: SamplingParams, engine: Engine) -> Iterator[Chunk]:
+        reply = self._open(engine, prompt_ids, params)
+        try:
+            while reply.chunks or reply.completion is None:
+                if reply.chunks:
+                    yield reply.chunks.popleft()
+                else:
+                    self._step(engine)
+        finally:
+            self._close(reply)
+        if reply.completion.error is not None:
+            raise reply.completion.error
+
+    def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
+        """The prompt's token ids. InvalidRequest: empty, not Unicode, or the chat template does not take it."""
+        if not isinstance(prompt, str):
+            return self.tokenizer.encode_chat(prompt)
+        if not prompt:
+            raise InvalidRequest("the prompt is empty: give at least one character")
+        if raw or not self.tokenizer.has_chat_template:
+            return self.tokenizer.encode(prompt)
+        return self.tokenizer.encode_chat([{"role": "user", "content": prompt}])
+
+    @property
+    def dtype(self) -> str:
+        """What the target computes in: "float32", "bfloat16", ..."""
+        target: Any = self.engine.backend.target
+        return str(target.dtype).removeprefix("torch.")
+
+    def _engine(self, speculation: bool) -> Engine:
+        """The engine, or its plain twin; they share one cache, so only one of them may have requests."""
+        if speculation:
+            wanted, other = self.engine, self._plain
+        else:
+            self._plain = self._plain or self.engine.without_speculation()
+            wanted, other = self._plain, self.engine
+        if other is not wanted and any(reply.engine is other for reply in self._replies.values()):
+            raise InvalidRequest(
+                f"speculation={speculation} while a request with speculation={not speculation} runs: "
+                "finish or close that one first"
+            )
+        return wanted
+
+    def _open(self, engine: Engine, prompt_ids: list[int], params: SamplingParams) -> _Reply:
+        request_id = f"request-{next(self._numbers)}"
+        reply = _Reply(engine, request_id, prompt_ids, params, self.tokenizer.detokenizer())
+        engine.add(request_id, prompt_ids, params)
+        self._replies[request_id] = reply
+        return reply
+
+    def _close(self, reply: _Reply) -> None:
+        self._replies.pop(reply.request_id, None)
+        if not reply.ended:
+            reply.ended = True
+            reply.engine.cancel(reply.request_id)
+
+    def _step(self, engine: Engine) -> None:
+        """One step of the engine; its events go to whichever reply they belong to."""
+        for event in engine.step():
+            reply = self._replies.get(event.request_id)
+            if reply is not None:
+                reply.push(event)
+                if reply.completion is not None:
+                    self._close(reply)
+
+
+class _Reply:
+    """A request on its way: tokens in, chunks out. ``ended``: the engine no longer knows the request."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        detokenizer: Detokenizer,
+    ) -> None:
+        self.engine = engine
+        self.request_id = request_id
+        self.chunks: deque[Chunk] = deque()
+        self.completion: Completion | None = None
+        self.ended = False
+        self._prompt_ids = tuple(prompt_ids)
+        self._detokenizer = detokenizer
+        self._matcher = StopMatcher(params.stop)
+        self._token_ids: list[int] = []
+        self._text: list[str] = []
+
+    def push(self, event: Event) -> None:
+        self.ended = event.finish_reason is not None
+        pieces: list[Piece] = []
+        taken = 0
+        while taken < len(event.tokens) and self._matcher.matched is None:
+            text = self._detokenizer.push(event.tokens[taken])
+            pieces += self._matcher.push(Piece(text, taken < event.drafted))
+            taken += 1
+        if event.finish_reason is not None and self._matcher.matched is None:
+            pieces += self._matcher.push(Piece(self._detokenizer.flush(), False))
+            pieces += self._matcher.flush()
+        self._token_ids += event.tokens[:taken]
+        self._text += [piece.text for piece in pieces]
+        reason = "stop" if self._matcher.matched is not None else event.finish_reason
+        if reason is not None:
+            self.completion = Completion(
+                text="".join(self._text),
+                token_ids=tuple(self._token_ids),
+                prompt_token_ids=self._prompt_ids,
+                finish_reason=reason,
+                statistics=event.statistics,
+                error=event.error if reason == "error" else None,
+            )
+        self.chunks.append(
+            Chunk(
+                spans=tuple(pieces),
+                token_ids=tuple(event.tokens[:taken]),
+                statistics=event.statistics,
+                completion=self.completion,
+            )
+        )
+
+
+def _silent(_: str) -> None:
+    return None
+
+
+def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    items = list(prompts)
+    if not items:
+        raise InvalidRequest("no prompt was given: pass a text, a list of messages, or a list of either")
+    if all(isinstance(item, Mapping) for item in items):
+        return [items]  # type: ignore[list-item]
+    for index, item in enumerate(items):
+        if isinstance(item, Mapping) or not isinstance(item, Sequence):
+            raise InvalidRequest(f"prompt {index} is {item!r}: it must be a text or a list of messages")
+    return items  # type: ignore[return-value]
+
+
+def _as_settings(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise InvalidRequest(f"{len(params)} SamplingParams for {count} prompts: give one, or one for each")
+    return list(params)
