@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,6 +128,13 @@ def _byte_of_character() -> dict[str, int]:
     return table | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
+def _spaces_dropped(step: Mapping[str, Any]) -> int:
+    """How many spaces in front of the first token of a text this decoder step drops."""
+    if step["type"] == "Metaspace" and step["prepend_scheme"] != "never":
+        return sys.maxsize
+    return step["start"] if step["type"] == "Strip" and step["content"] == " " else 0
+
+
 class TokenBytes:
     """Token id -> the bytes it stands for, for the two families of decoders that language models use.
 
@@ -154,10 +162,7 @@ class TokenBytes:
             for step in steps
             if step["type"] in ("Replace", "Metaspace")
         ]
-        self.strips_first_space = any(
-            step.get("start", 0) > 0 if step["type"] == "Strip" else step.get("prepend_scheme", "never") != "never"
-            for step in steps
-        )
+        self.first_spaces = max(map(_spaces_dropped, steps))
         self._cache: dict[int, bytes] = {}
 
     def __call__(self, token: int) -> bytes:
@@ -191,13 +196,14 @@ class Detokenizer:
     def __init__(self, token_bytes: TokenBytes) -> None:
         self._token_bytes = token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._strip = token_bytes.strips_first_space
+        self._drop = token_bytes.first_spaces
 
     def push(self, token: int) -> str:
         data = self._token_bytes(token)
-        if self._strip and data:
-            data = data.removeprefix(b" ")
-            self._strip = False
+        if self._drop and data:
+            spaces = len(data) - len(data.lstrip(b" "))
+            data = data[min(self._drop, spaces) :]
+            self._drop = 0
         return self._decoder.decode(data)
 
     def flush(self) -> str:
