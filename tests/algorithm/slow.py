@@ -48,7 +48,7 @@ def warp(logits: np.ndarray, prompt: list[int], answer: list[int], settings: dic
     p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
     kept, mass = set(), 0.0
     for v in order:
-        if mass < settings["top_p"] or not kept:
+        if settings["top_p"] == 1 or mass < settings["top_p"] or not kept:
             kept.add(v)
         mass += p[v]
     z = np.array([z[v] if v in kept else -np.inf for v in range(size)])

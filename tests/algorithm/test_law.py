@@ -17,7 +17,7 @@ from tables import DEFAULTS, Shape, Tables, generate, sampling_of
 
 from redrafter.algorithm.noise import key_of
 
-V, COUNT, ROWS = 6, 3, 30_000
+V, COUNT, ROWS = 6, 3, 20_000
 PROMPT = [2, 0, 5]
 TABLES = Tables(V, seed=11)
 PLAIN = Shape(beam_width=1, draft_length=1, tree_size=1)

@@ -70,11 +70,13 @@ def _cut(ops: Ops, z: Array, sampling: Sampling) -> Array:
     rank = ops.arange(z.shape[-1], like=z)
     if sampling.top_k is not None:
         # Ties with the k-th score stay in, as they do when the cut is applied to the unsorted scores.
-        last = ops.full((*z.shape[:2], 1), 0, like=z) + (sampling.top_k - 1)[:, None, None]
-        kth = ops.take_along(sorted_z, last, 2)
+        kth = ops.take_along(sorted_z, ops.full((*z.shape[:2], 1), 0, like=z) + (sampling.top_k - 1)[:, None, None], 2)
         sorted_z = ops.where(sorted_z < kth, NEVER, sorted_z)
     keep = rank[None, None, :] < z.shape[-1]
     if sampling.top_p is not None:
         p = ops.softmax(sorted_z)
-        keep = ((ops.cumsum(p) - p) < sampling.top_p[:, None, None]) | (rank == 0)[None, None, :]
+        top_p = ops.where(sampling.top_p < 1, sampling.top_p, 2.0)[
+            :, None, None
+        ]  # off: a sum rounded to 1 cuts nothing
+        keep = ((ops.cumsum(p) - p) < top_p) | (rank == 0)[None, None, :]
     return -ops.amax(ops.where(keep & (sorted_z > NEVER), -sorted_z, NEVER))
