@@ -1,0 +1,137 @@
+"""Distillation loss per depth, with its gradient written out so that no [anchors, vocabulary] tensor outlives a chunk.
+
+p is the target's distribution restricted to the draft vocabulary and not renormalised, q the drafter's over it:
+    loss = lambda KL(p || q) + (1 - lambda) (1 - sum min(p, q)) + ce (-log q(y)),   y = the target's greedy choice.
+lambda = exp(-decay a), a = sum min(p, q) so far: KL while the drafter is bad, total variation later (LK loss;
+algorithms.md section 6). Legend: A anchors, C anchors of a chunk, R taught positions, D hidden size, V draft
+vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+LOSSES = ("kl", "mix", "ce")
+
+
+class Teaching(NamedTuple):
+    """The target's distribution at R positions."""
+
+    probability: Tensor
+    """[R, V] restricted to the draft vocabulary, not renormalised"""
+    choice: Tensor
+    """[R] draft index of the target's greedy choice, -1 when it is outside the draft vocabulary"""
+
+
+def teach(hidden_RD: Tensor, head_VD: Tensor, vocabulary: int, chunk: int = 2048) -> Teaching:
+    """``head_VD`` holds the whole head, the draft vocabulary's ``vocabulary`` rows first."""
+    probability, choice = [], []
+    for hidden in hidden_RD.split(chunk):
+        logits = (hidden @ head_VD.T).float()
+        best = logits.argmax(-1)
+        choice.append(torch.where(best < vocabulary, best, -1))
+        log_total = logits.logsumexp(-1, keepdim=True)
+        probability.append((logits[:, :vocabulary] - log_total).exp().to(hidden.dtype))
+    return Teaching(torch.cat(probability), torch.cat(choice))
+
+
+class ChunkLoss(NamedTuple):
+    loss: Tensor
+    """[] sum of weight x loss"""
+    gradient: Tensor
+    """[C, V] of that sum with respect to the logits"""
+    overlap: Tensor
+    """[C] sum min(p, q): the probability that a draw of q would be accepted"""
+    hit: Tensor
+    """[C] bool: the drafter's first choice is the target's"""
+
+
+def chunk_loss(
+    logits_CV: Tensor, p_CV: Tensor, choice_C: Tensor, weight_C: Tensor, kl_share: Tensor, soft_ce: tuple[float, float]
+) -> ChunkLoss:
+    soft, ce = soft_ce
+    z, p = logits_CV.float(), p_CV.float()
+    log_q = z - z.logsumexp(-1, keepdim=True)
+    q = log_q.exp()
+    mass = p.sum(-1, keepdim=True)
+    kl = (p * (p.clamp_min(1e-12).log() - log_q)).sum(-1)
+    overlap = torch.minimum(p, q).sum(-1)
+    # d overlap / dq = 1 where q < p; through the softmax: q (1[q < p] - sum q 1[q < p]).
+    short = torch.where(q < p, q, 0.0)
+    known = choice_C >= 0
+    label = choice_C.clamp_min(0)[:, None]
+    is_label = (torch.arange(z.shape[1], device=z.device) == label) & known[:, None]
+    label_log_q = torch.where(is_label, log_q, 0.0).sum(-1)
+    loss = soft * (kl_share * kl + (1 - kl_share) * (1 - overlap)) - ce * label_log_q
+    gradient = (
+        soft * kl_share * (q * mass - p)
+        + soft * (1 - kl_share) * (q * short.sum(-1, keepdim=True) - short)
+        + ce * (q * known[:, None] - is_label.float())
+    )
+    hit = z.argmax(-1) == choice_C
+    return ChunkLoss((weight_C * loss).sum(), (weight_C[:, None] * gradient).to(logits_CV.dtype), overlap.detach(), hit)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Head, loss and the gradient with respect to the exit hidden state, chunk by chunk, all in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, exit_AD: Tensor, head_VD: Tensor, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        teaching, row_A, weight_A, kl_share, soft_ce, chunk, function = inputs
+        x = exit_AD.to(head_VD.dtype)
+        gradient = torch.empty_like(x)
+        losses, overlaps, hits = [], [], []
+        for first in range(0, len(x), chunk):
+            part = slice(first, first + chunk)
+            row = row_A[part]
+            out = function(
+                x[part] @ head_VD.T, teaching.probability[row], teaching.choice[row], weight_A[part], kl_share, soft_ce
+            )
+            torch.mm(out.gradient, head_VD, out=gradient[part])
+            losses.append(out.loss)
+            overlaps.append(out.overlap)
+            hits.append(out.hit)
+        ctx.save_for_backward(gradient)
+        ctx.dtype = exit_AD.dtype
+        overlap, hit = torch.cat(overlaps), torch.cat(hits)
+        ctx.mark_non_differentiable(overlap, hit)
+        return torch.stack(losses).sum(), overlap, hit
+
+    @staticmethod
+    def backward(ctx: Any, loss: Tensor, *_: Any) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * loss.to(gradient.dtype)).to(ctx.dtype), None, None
+
+
+class HeadLoss:
+    """A tied head's distillation loss. ``kind``: kl | mix | ce; ``decay``: of lambda in a mix; ``ce``: its weight."""
+
+    def __init__(self, kind: str, ce: float, decay: float, chunk: int, compiled: bool) -> None:
+        self.kind, self.decay, self.chunk = kind, decay, chunk
+        self.soft_ce = (0.0, 1.0) if kind == "ce" else (1.0, ce)
+        self.function: Callable[..., ChunkLoss] = torch.compile(chunk_loss, dynamic=False) if compiled else chunk_loss
+
+    def kl_share(self, overlap: Tensor) -> Tensor:
+        """lambda of a depth whose overlap so far is ``overlap`` []."""
+        return torch.exp(-self.decay * overlap) if self.kind == "mix" else torch.ones_like(overlap)
+
+    def __call__(
+        self, exit_AD: Tensor, head_VD: Tensor, teaching: Teaching, row_A: Tensor, weight_A: Tensor, share: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """-> (loss [], overlap [A], hit [A]). A must be a multiple of the chunk when compiled; padding has weight 0."""
+        inputs = (teaching, row_A, weight_A, share, self.soft_ce, self.chunk, self.function)
+        return _HeadLoss.apply(exit_AD, head_VD, inputs)
+
+
+def survival_weights(overlap_K: Tensor, floor: float) -> Tensor:
+    """[K] -> [K] summing to 1: w_k = sum over j >= k of prod over i <= j of a_i, the gradient of the expected length.
+
+    a = (1 - floor) overlap + floor: a tree of many nodes survives a depth more often than one path does.
+    """
+    survive = torch.cumprod((1 - floor) * overlap_K + floor, 0)
+    weight = survive.flip(0).cumsum(0).flip(0)
+    return weight / weight.sum()

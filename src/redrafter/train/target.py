@@ -1,0 +1,156 @@
+"""The frozen target as the trainer sees it: hidden states and head of any dense decoder-only model of transformers.
+
+Legend: B rows, T tokens, H heads, S cache slots, d head width, D hidden size, V vocabulary, F features.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
+
+ATTENTION = "redrafter_batch"
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: [B, H, T, d] over [B, H_kv, S, d] -> [B, T, H, d].
+
+    A mask of one element means plain causal attention (all of it for a single token): the fused kernels want no mask.
+    """
+    rows, heads, length, width = query.shape
+    groups = heads // key.shape[1]
+    mask = None if attention_mask is None or attention_mask.numel() == 1 else attention_mask
+    if length == 1:
+        # The heads that share keys become queries of one head, so the cache is read once, not once per head.
+        folded = query.reshape(rows, key.shape[1], groups, width)
+        if mask is not None:
+            mask = mask.expand(rows, 1, groups, key.shape[2])
+        out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+        return out.reshape(rows, 1, heads, width), None
+    if mask is not None and groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scaling,
+        enable_gqa=mask is None and groups > 1,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+class BatchCache:
+    """Keys and values of one batch whose rows all have the same number of slots filled.
+
+    One allocation per layer serves batches of any shape with rows x capacity <= ``tokens``.
+    """
+
+    def __init__(self, config: PretrainedConfig, tokens: int, device: torch.device, dtype: torch.dtype) -> None:
+        heads = config.num_key_value_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.tokens = tokens
+        self._slot = (heads, width)
+        size = tokens * heads * width
+        layers = range(config.num_hidden_layers)
+        self._flat = [[torch.empty(size, dtype=dtype, device=device) for _ in layers] for _ in range(2)]
+        self._view: list[list[Tensor]] = [[], []]
+        self.first_row, self.rows, self.start = 0, 0, 0
+
+    def shape(self, rows: int, capacity: int) -> None:
+        """Lay the storage out for ``rows`` texts of up to ``capacity`` tokens; the contents become meaningless."""
+        heads, width = self._slot
+        size = rows * heads * capacity * width
+        self._view = [[x[:size].view(rows, heads, capacity, width) for x in side] for side in self._flat]
+        self.first_row, self.rows, self.start = 0, rows, 0
+
+    def window(self, first_row: int, rows: int, start: int) -> None:
+        """The next forward pass holds rows ``first_row``.. and writes slots ``start``.."""
+        self.first_row, self.rows, self.start = first_row, rows, start
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        end = self.start + key.shape[2]
+        out = []
+        for side, new in zip(self._view, (key, value), strict=True):
+            cache = side[layer_idx][self.first_row : self.first_row + self.rows]
+            cache[:, :, self.start : end] = new
+            out.append(cache[:, :, :end])
+        return out[0], out[1]
+
+    def keep(self, index: Tensor, filled: int) -> None:
+        """Rows ``index`` (ascending) move to the front."""
+        for side in self._view:
+            for cache in side:
+                cache[: len(index), :, :filled] = cache[index, :, :filled]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.start
+
+
+class TrainingTarget:
+    """Hidden states of whole texts, or of one more token per row through a ``BatchCache``."""
+
+    def __init__(self, model: Any, feature_layers: tuple[int, ...] = ()) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.decoder = model.model
+        self.config: PretrainedConfig = model.config
+        self.embedding: Tensor = model.get_input_embeddings().weight
+        self.head: Tensor = model.get_output_embeddings().weight
+        self.feature_layers = feature_layers
+        self._kept: dict[int, Tensor] = {}
+        for layer in feature_layers:
+            self.decoder.layers[layer].register_forward_hook(self._keep(layer))
+        names = inspect.signature(type(self.decoder).forward).parameters
+        self._cache_name = "cache" if "cache" in names else "past_key_values"
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, device: str, dtype: torch.dtype, feature_layers: tuple[int, ...] = ()
+    ) -> TrainingTarget:
+        AttentionInterface.register(ATTENTION, attend)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=ATTENTION)
+        return cls(model.to(device), feature_layers)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    def _keep(self, layer: int) -> Any:
+        def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
+            self._kept[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    def hidden(
+        self, tokens_BT: Tensor, position_BT: Tensor, mask: Tensor | None = None, cache: BatchCache | None = None
+    ) -> Tensor:
+        """[B, T, D] after the final norm. ``mask`` [B, 1, T, S] bool; None is causal."""
+        # A four-dimensional mask passes through transformers unchanged; one element of it says "none" (``attend``).
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens_BT.device) if mask is None else mask
+        extra = {} if cache is None else {self._cache_name: cache}
+        return self.decoder(
+            input_ids=tokens_BT, attention_mask=mask, position_ids=position_BT, use_cache=cache is not None, **extra
+        ).last_hidden_state
+
+    @torch.no_grad()
+    def features(self, tokens_BT: Tensor) -> Tensor:
+        """[B, T, F] of whole texts: the last hidden state, then every feature layer's output in order."""
+        position = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+        last = self.hidden(tokens_BT, position)
+        parts = [last, *(self._kept[layer] for layer in self.feature_layers)]
+        self._kept.clear()
+        return torch.cat(parts, dim=-1)

@@ -1,0 +1,72 @@
+"""Accepted lengths against a walk through a dictionary tree, and steps against decoding by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from redrafter.algorithm.beam import DraftBeams
+from redrafter.algorithm.tree import pack
+from redrafter.backends.torch.drafter import Drafter
+from redrafter.backends.torch.ops import TorchOps
+from redrafter.params import DecodeConfig
+from redrafter.train.evaluate import AnswerText, Evaluation, accepted_lengths, answer_greedily, parser, steps, table
+from redrafter.train.target import TrainingTarget
+
+
+def random_beams(seed: int) -> DraftBeams:
+    generator = torch.Generator().manual_seed(seed)
+    parent = torch.tensor([[-1, -1, 0, 0, 1, 2, 2, 4]])
+    tokens = torch.tensor([[1, 2, 1, 2, 1, 1, 2, 2]])
+    score = torch.zeros(1, 8)
+    for i, up in enumerate(parent[0].tolist()):
+        score[0, i] = (score[0, up] if up >= 0 else 0) - torch.rand(1, generator=generator)[0]
+    depth = torch.tensor([[1, 1, 2, 2, 2, 3, 3, 3]])
+    return DraftBeams(tokens, parent, depth, score, torch.tensor([[5]]), 3)
+
+
+def test_accepted_length_equals_a_walk() -> None:
+    lengths = set()
+    for seed in range(20):
+        tree = pack(TorchOps(), random_beams(seed), torch.tensor([3]), 9)
+        follow = torch.randint(1, 3, (1, 4), generator=torch.Generator().manual_seed(seed))
+        if seed % 3 == 0:
+            follow[0, 2:] = -1
+        got = accepted_lengths(tree, follow)[0].tolist()
+        for nodes in range(1, 9):
+            children = {
+                (int(tree.parent[0, i]), int(tree.tokens[0, i])): i for i in range(1, min(nodes, tree.tokens.shape[1]))
+            }
+            node, length = 0, 0
+            while (node, int(follow[0, length])) in children:
+                node = children[(node, int(follow[0, length]))]
+                length += 1
+            assert got[nodes - 1] == length
+            lengths.add(length)
+    assert lengths >= {0, 1, 2, 3}
+
+
+def test_steps_walk_the_text() -> None:
+    assert steps(np.array([2, 0, 0, 1, 0, 0])) == 2  # root 0; 1 2 3; then 4 5
+    assert steps(np.zeros(6, dtype=np.int8)) == 5
+
+
+def test_a_drafter_that_knows_nothing_makes_one_token_per_step_and_tables_say_so(
+    model_folder: Path, target: TrainingTarget, tiny_drafter: Drafter, tmp_path: Path
+) -> None:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("\n".join(json.dumps({"turns": [f"w{i} w{i + 2}"], "category": "c"}) for i in range(5)))
+    args = parser().parse_args(["--model", str(model_folder), "--drafter", "unused", "--max-new", "20"])
+    texts = answer_greedily(args, target, questions)
+    assert len(texts) == 5 and all(isinstance(t, AnswerText) and 1 < len(t.tokens) - t.start <= 20 for t in texts)
+    evaluation = Evaluation(target, tiny_drafter)
+    contexts = evaluation.contexts(texts, batch_tokens=64)
+    shape = DecodeConfig(beam_width=4, branching=4, draft_length=4, tree_size=16)
+    lengths = evaluation.lengths(texts, contexts, shape, vocabulary=0, rows=7)
+    assert [len(x) for x in lengths] == [len(t.tokens) - t.start for t in texts]
+    found = table(texts, lengths, (1, 16))
+    assert found["1"]["tokens_per_step"] == 1
+    assert 1 <= found["16"]["tokens_per_step"] < 3
