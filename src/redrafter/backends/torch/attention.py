@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from redrafter.errors import UnsupportedModel
+
 EXACT = "redrafter_exact"
 FAST = "redrafter_fast"
 
@@ -23,6 +25,7 @@ def exact_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **settings: Any
 ) -> tuple[Tensor, None]:
     """query [B, H, N, d]; key, value [B, Hkv, S, d] float64; mask [B, 1, H/Hkv * N, S] float64, 0 or -inf."""
+    refuse_sinks(settings)
     rows, heads, nodes, width = query.shape
     kv_heads = key.shape[1]
     scaling = settings.get("scaling") or width**-0.5
@@ -40,6 +43,7 @@ def fast_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **settings: Any
 ) -> tuple[Tensor, None]:
     """The same through torch's own kernels; mask [B, 1, N, S] bool. Softcapping goes through the exact path."""
+    refuse_sinks(settings)
     if settings.get("softcap") is not None:
         groups = query.shape[1] // key.shape[1]
         mask = torch.zeros_like(attention_mask, dtype=torch.float32).masked_fill(~attention_mask, float("-inf"))
@@ -49,6 +53,11 @@ def fast_attention(
     scaling = settings.get("scaling")
     y = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=grouped)
     return y.transpose(1, 2).contiguous(), None
+
+
+def refuse_sinks(settings: dict[str, Any]) -> None:
+    if settings.get("s_aux") is not None:
+        raise UnsupportedModel("attention sinks (s_aux) change the softmax and are not supported: use another model")
 
 
 AttentionInterface.register(EXACT, exact_attention)
