@@ -111,7 +111,7 @@ class ScriptedEngine:
         tokens = self.answer[done : min(done + self.stride, params.max_new_tokens)]
         stats.answer_tokens += len(tokens)
         stats.steps += 1
-        stats.seconds += 0.5 / self.stride
+        stats.seconds += 0.5
         if self.speculative:
             stats.drafted_steps += 1
             stats.accepted_at_depth = [stats.steps] * (self.stride - 1)

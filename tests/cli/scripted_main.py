@@ -1,0 +1,20 @@
+"""The command line over a scripted engine, for tests that need a process of their own. Settings: SCRIPT, a JSON."""
+
+import json
+import os
+import sys
+
+from tests.fakes import scripted
+
+from redrafter.cli import main, options
+
+
+def load(*arguments: object, **settings: object) -> object:
+    wanted = json.loads(os.environ["SCRIPT"])
+    return scripted(wanted.pop("answer"), **wanted)
+
+
+options.load_llm = load
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""``redrafter doctor``: what it finds and how it says so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from redrafter import __version__
+from redrafter.cli import main
+
+
+def test_doctor_tells_machine_versions_and_cache(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("REDRAFTER_HOME", str(tmp_path))
+    model = tmp_path / "models" / "a-model"
+    model.mkdir(parents=True)
+    (model / "manifest.json").write_text("{}")
+    (tmp_path / "models" / "half-fetched").mkdir()
+    assert main(["doctor", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["redrafter"] == __version__
+    assert facts["cache"] == {"folder": str(tmp_path), "models": [{"name": "a-model", "mib": 0.0}]}
+    assert facts["packages"]["torch"] == torch.__version__
+    assert facts["cpu"]["cores"] >= 1 and facts["cpu"]["threads"] == torch.get_num_threads()
+    assert facts["device"]["dtype_auto"] == "bfloat16" or not facts["cpu"]["bfloat16"]
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["redrafter", "packages", "device", "cpu", "cache", "drafters"]
+    assert lines[4].endswith(f"{tmp_path}: a-model (0.0 MiB)")
+
+
+def test_doctor_works_before_anything_was_fetched(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("REDRAFTER_HOME", str(tmp_path / "absent"))
+    assert main(["doctor"]) == 0
+    assert "absent: none" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError):
+        (tmp_path / "absent").stat()
