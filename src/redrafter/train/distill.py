@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     shape.add_argument("--cell", choices=CELLS, default="gru")
     shape.add_argument("--exit-dim", type=int, default=576)
     shape.add_argument("--state-size", type=int, default=0)
+    shape.add_argument("--context-state", action=argparse.BooleanOptionalAction, default=True)
     shape.add_argument("--num-blocks", type=int, default=1)
     shape.add_argument("--trunk-layers", type=int, default=1)
     shape.add_argument("--trunk-heads", type=int, default=9)
@@ -186,6 +187,7 @@ _SHAPE = (
     "cell",
     "exit_dim",
     "state_size",
+    "context_state",
     "num_blocks",
     "trunk_layers",
     "trunk_heads",

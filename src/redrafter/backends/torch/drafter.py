@@ -35,6 +35,7 @@ class DrafterConfig:
 
     feature_layers: target layers whose output joins the last hidden state (0 is the first layer's output);
     cell: rnn | sum (Apple's rnn=False: s + e) | gru | medusa (no recurrence: one residual block per depth);
+    context_state: s_0 is the context instead of 0;
     exit_dim: width of the residual blocks, 0 for context + state; trunk_layers: layers of the context trunk, run once
     per step, with trunk_heads attention heads (0: none, SwiGLU only) over the last trunk_window tokens;
     draft_vocabulary: number of tokens it can propose, 0 for all of the target's; draft_length: depths trained for.
@@ -47,6 +48,7 @@ class DrafterConfig:
     cell: str = "rnn"
     head: str = "own"
     state_size: int = 0
+    context_state: bool = False
     exit_dim: int = 0
     num_blocks: int = 2
     trunk_layers: int = 0
@@ -183,7 +185,9 @@ class Drafter(nn.Module):
         return rms(self.trunk(x, position_BT, mask, store))
 
     def first_state(self, context: Tensor, root_embedding: Tensor) -> Tensor:
-        """s_1: the state after the root, from s_0 = 0. [..., D], [..., D] -> [..., state]."""
+        """s_1: the state after the root, from s_0. [..., D], [..., D] -> [..., state]."""
+        if self.config.context_state:
+            return self.next_state(context, root_embedding, 0)
         zero = context.new_zeros(*context.shape[:-1], self.config.state_size)
         return self.next_state(zero, root_embedding, 0)
 
