@@ -1,7 +1,7 @@
 """The target chooses its own token at every node; the tree keeps the longest path that it agrees with.
 
-Exact for any tree: every emitted token is the target's own choice given its own prefix (algorithms.md 2.1), and no
-rule can accept more from a tree that was fixed beforehand (2.2).
+Exact for any tree: every emitted token is the target's own choice given its own prefix (docs/algorithm.md), and no
+rule can accept more from a tree that was fixed beforehand (same page).
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def draft(
     """Write candidate continuations of the root.
 
     ``noise`` = (gumbel [B, draft_length, V], inverse temperature [B]): seed-coupled beams rank children by
-    log q + G, the very noise the target will add, and weigh them by softmax of that (algorithms.md 2.4, tau_c = 1);
+    log q + G, the very noise the target will add, and weigh them by softmax of that (docs/algorithm.md);
     a row whose inverse temperature is 0 is greedy and ignores it. Without noise a child's weight is q.
     """
     state = drafter.begin(reading)

@@ -2,7 +2,7 @@
 
 One number per (seed, choice index, absolute position, token id), the same 32 bits on every backend. Plain and
 speculative decoding look the noise up instead of drawing it, so they add the same numbers to the same logits: that
-is what makes seeded sampling exact (algorithms.md 2.4). Only low 32-bit products, shifts and xors are used, because
+is what makes seeded sampling exact (docs/algorithm.md). Only low 32-bit products, shifts and xors are used, because
 every backend has them natively; the mixer is the 'lowbias32' integer hash (C. Wellons, 2018), two rounds per word.
 """
 

@@ -75,8 +75,6 @@ def _cut(ops: Ops, z: Array, sampling: Sampling) -> Array:
     keep = rank[None, None, :] < z.shape[-1]
     if sampling.top_p is not None:
         p = ops.softmax(sorted_z)
-        top_p = ops.where(sampling.top_p < 1, sampling.top_p, 2.0)[
-            :, None, None
-        ]  # off: a sum rounded to 1 cuts nothing
+        top_p = ops.where(sampling.top_p < 1, sampling.top_p, 2.0)[:, None, None]  # off: no sum rounds to it
         keep = ((ops.cumsum(p) - p) < top_p) | (rank == 0)[None, None, :]
     return -ops.amax(ops.where(keep & (sorted_z > NEVER), -sorted_z, NEVER))

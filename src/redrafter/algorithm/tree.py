@@ -28,7 +28,7 @@ def pack(ops: Ops, beams: DraftBeams, root: Array, tree_size: int) -> TokenTree:
     """The root [B] and the best ``tree_size - 1`` nodes of the pool by path score.
 
     The set is prefix-closed because a child never outscores its parent, and the sort is stable on a pool whose parents
-    stand first, so this holds on ties too. Optimal for a deterministic tree (algorithms.md 2.2, corollary).
+    stand first, so this holds on ties too. Optimal for a deterministic tree (docs/algorithm.md).
     """
     root_B1 = root[:, None]
     rows, pool = beams.score.shape

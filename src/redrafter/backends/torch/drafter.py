@@ -21,12 +21,6 @@ from redrafter.errors import CorruptModel
 
 CELLS = ("rnn", "sum", "gru", "medusa")
 HEADS = ("own", "tied")
-KINDS: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "float": (int, float),
-    "str": (str,),
-    "tuple[int, ...]": (tuple, list),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +68,11 @@ class DrafterConfig:
                 raise CorruptModel(
                     f"drafter config: {name}={value!r} is unknown; it must be one of {', '.join(allowed)}"
                 )
-        if self.cell in ("sum", "medusa") and self.state_size != self.hidden_size:
+        same_width = self.cell in ("sum", "medusa") or self.context_state
+        if same_width and self.state_size != self.hidden_size:
             raise CorruptModel(
-                f"drafter config: cell={self.cell!r} needs state_size={self.hidden_size}, not {self.state_size}"
+                f"drafter config: cell={self.cell!r} with context_state={self.context_state} needs "
+                f"state_size={self.hidden_size}, not {self.state_size}"
             )
         if self.draft_vocabulary > self.vocab_size:
             raise CorruptModel(
@@ -116,10 +112,19 @@ class DrafterConfig:
                 if field.default is MISSING:
                     raise CorruptModel(f"drafter config: {field.name} is missing")
                 continue
-            value, kind = values[field.name], KINDS[str(field.type)]
-            if isinstance(value, bool) or not isinstance(value, kind) or (isinstance(value, int | float) and value < 0):
-                raise CorruptModel(f"drafter config: {field.name}={value!r} must be of type {field.type}, not negative")
+            _check_type(field.name, str(field.type), values[field.name])
         return cls(**values)
+
+
+def _check_type(name: str, kind: str, value: object) -> None:
+    if kind == "tuple[int, ...]":
+        ok = isinstance(value, tuple | list) and all(type(item) is int for item in value)
+    elif kind == "float":
+        ok = type(value) in (int, float) and value >= 0  # type: ignore[operator]
+    else:
+        ok = type(value).__name__ == kind and not (kind == "int" and value < 0)  # type: ignore[operator]
+    if not ok:
+        raise CorruptModel(f"drafter config: {name}={value!r} must be of type {kind}, and numbers not negative")
 
 
 class ResidualBlock(nn.Module):

@@ -2,7 +2,7 @@
 
 A recurrent cell that sees only the last hidden state cannot look a name up that stood 40 tokens ago. The trunk can:
 its layers attend over the (features, next token) pairs of the whole text, and their keys and values are kept between
-steps. The cost is paid once per step, not once per drafted token (algorithms.md, lever 4; EAGLE's one layer).
+steps. The cost is paid once per step, not once per drafted token (as EAGLE and Hydra++ do with one layer).
 """
 
 from __future__ import annotations
