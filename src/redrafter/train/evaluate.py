@@ -32,7 +32,7 @@ from redrafter.train.samples import Samples
 from redrafter.train.target import TrainingTarget
 from redrafter.train.writing import Writer, WritingConfig, loops
 
-TREE_SIZES = (8, 16, 32, 64)
+TREE_SIZES = (4, 8, 12, 16, 24, 32, 48, 64)
 
 
 class AnchorDrafter(TorchDrafter):
