@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 from redrafter.algorithm.ops import Array, Ops
+from redrafter.params import DecodeConfig
 
 
 class DraftBeams(NamedTuple):
@@ -46,18 +47,12 @@ class Drafter(Protocol):
         """[V_d] target ids of the draft vocabulary; None when it is the target's own."""
 
 
-class BeamShape(Protocol):
-    beam_width: int
-    branching: int
-    draft_length: int
-
-
 def draft(
     ops: Ops,
     drafter: Drafter,
     reading: Reading,
     root_B: Array,
-    shape: BeamShape,
+    shape: DecodeConfig,
     noise: tuple[Array, Array] | None = None,
 ) -> DraftBeams:
     """Write candidate continuations of the root.
@@ -96,8 +91,8 @@ def draft(
         if depth < shape.draft_length:
             token_BW = ops.take_along(token_BC, winner_BW, 1)
             state = drafter.extend(state, winner_BW // children, token_BW)
-    columns = [ops.concat([level[i] for level in pool], 1) for i in range(4)]
-    return DraftBeams(*columns, final=slot_BW, draft_length=shape.draft_length)
+    tokens_BP, parent_BP, depth_BP, pool_BP = (ops.concat([level[i] for level in pool], 1) for i in range(4))
+    return DraftBeams(tokens_BP, parent_BP, depth_BP, pool_BP, slot_BW, shape.draft_length)
 
 
 def _couple(

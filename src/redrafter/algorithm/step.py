@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 from redrafter.algorithm.accept import Accepted, accept, choose
-from redrafter.algorithm.beam import BeamShape, Drafter, Reading, draft, no_beams
+from redrafter.algorithm.beam import Drafter, Reading, draft, no_beams
 from redrafter.algorithm.noise import gumbel
 from redrafter.algorithm.ops import Array, Ops
 from redrafter.algorithm.sampling import Sampling
 from redrafter.algorithm.tree import TokenTree, pack
+from redrafter.params import DecodeConfig
 
 
 class Target(Protocol):
@@ -37,13 +38,8 @@ class DecodeState(NamedTuple):
     sampling: Sampling
 
 
-class Shape(BeamShape, Protocol):
-    tree_size: int
-    seed_coupled: bool
-
-
 def step(
-    ops: Ops, target: Target, drafter: Drafter | None, state: DecodeState, shape: Shape
+    ops: Ops, target: Target, drafter: Drafter | None, state: DecodeState, shape: DecodeConfig
 ) -> tuple[DecodeState, Accepted, TokenTree]:
     """Emit 1 to L+1 tokens per row. A tree of one node, or no drafter, is plain decoding through the same text."""
     speculate = drafter is not None and shape.tree_size > 1

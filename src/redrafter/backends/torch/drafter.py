@@ -141,6 +141,8 @@ class ResidualBlock(nn.Module):
 class Drafter(nn.Module):
     """The drafter's own weights. Tensors keep any leading axes; the last one is the width."""
 
+    token_ids: Tensor  # [V_d] target id of every draft token
+
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
         self.config = config
