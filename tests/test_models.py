@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -201,6 +202,18 @@ def test_a_failed_build_leaves_nothing(monkeypatch, own_home):
     assert not [path.name for path in (own_home / "models").iterdir() if not path.name.endswith(".lock")]
 
 
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    from transformers import PreTrainedModel
+
+    def full(self, folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    tiny_gguf(tmp_path / "tiny.gguf")
+    with pytest.raises(ModelNotFound, match=r"cannot be written \(No space left.*free some space"):
+        models.resolve(str(tmp_path / "tiny.gguf"))
+
+
 def test_an_unwritable_home_is_one_line(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("REDRAFTER_HOME", str(tmp_path / "file"))
@@ -304,12 +317,12 @@ def tiny_gguf(path: Path) -> None:
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(64)
-    tokens = [chr(65 + i) for i in range(62)] + ["ab", "<end>"]
+    tokens = [chr(65 + i) for i in range(61)] + ["ab", "cd", "<end>"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
     writer.add_token_types([1] * 63 + [3])
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(63)
     writer.add_eos_token_id(63)
     writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")

@@ -110,6 +110,8 @@ def dequantise(gguf: Path, folder: Path, progress: Progress) -> None:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     except Exception as error:  # tokenizers raises nothing narrower
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk is at fault, not the file
         reason = str(error).strip().split("\n")[0]
         raise UnsupportedModel(f"transformers cannot convert {gguf} ({reason}); use its safetensors folder") from error
 
