@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from redrafter.errors import CorruptModel, InvalidRequest, UnsupportedModel
 
@@ -41,7 +41,7 @@ class Piece(NamedTuple):
 class Tokenizer:
     """A model folder's tokenizer and chat template. Templates run in transformers' sandbox; no code is loaded."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         self.name = name
         self._tokenizer = tokenizer
         self._bytes = TokenBytes(tokenizer, name)
@@ -142,7 +142,7 @@ class TokenBytes:
     Gemma, Mistral, ...). Special tokens and ids without a token are empty. UnsupportedModel: any other decoder.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         decoder = json.loads(backend.to_str())["decoder"] if backend is not None else None
         steps = decoder["decoders"] if decoder and decoder["type"] == "Sequence" else [decoder or {"type": "none"}]

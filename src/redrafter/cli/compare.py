@@ -39,7 +39,8 @@ def compare(
 
     warm_up = replace(params, max_new_tokens=min(WARM_UP_TOKENS, params.max_new_tokens))
     run(False, warm_up), run(True, warm_up)
-    plain, drafted = [], []
+    plain: list[Completion] = []
+    drafted: list[Completion] = []
     for number in range(repeat):
         # Alternate which way goes first, so that a machine that slows down slows both.
         for speculation in (False, True) if number % 2 == 0 else (True, False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TextIO
@@ -33,12 +34,16 @@ def wants_color(choice: str, out: TextIO) -> bool:
 def writer(out: TextIO, color: bool) -> Callable[[Iterable[Piece]], None]:
     """A function that writes pieces of an answer at once; without colour and terminal, exactly as they are."""
     terminal = out.isatty()
+    if isinstance(out, io.TextIOWrapper):
+        out.reconfigure(errors="replace")  # an answer must not end because the terminal cannot show a character
     paint = _painter(out) if color else None
 
+    def shown(piece: Piece) -> str:
+        text = piece.text.translate(_CONTROLS) if terminal or paint else piece.text
+        return paint(text, piece.drafted) if paint else text
+
     def write(pieces: Iterable[Piece]) -> None:
-        for piece in pieces:
-            text = piece.text.translate(_CONTROLS) if terminal or paint else piece.text
-            out.write(paint(text, piece.drafted) if paint else text)
+        out.write("".join(map(shown, pieces)))
         out.flush()
 
     return write

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +18,7 @@ from redrafter.params import SamplingParams
 
 if TYPE_CHECKING:
     from redrafter.llm import LLM, Chunk, Completion, Prompt
+    from redrafter.text import Piece
 
 HELP = """Answer PROMPT, or what stands on standard input, and print statistics to stderr.
 
@@ -102,7 +103,7 @@ def generate(
         completion = llm.generate(asked, params, raw=raw, speculation=speculation)[0]
         print(json.dumps(describe(llm, completion, params, speculation), allow_nan=False))
     else:
-        _stream(llm, asked, params, (raw, speculation, in_color, quiet))
+        _stream(llm.stream(asked, params, raw=raw, speculation=speculation), writer(sys.stdout, in_color), quiet)
 
 
 def _prompt(prompt: str | None, system: str | None, raw: bool) -> Prompt:
@@ -125,19 +126,15 @@ def _prompt(prompt: str | None, system: str | None, raw: bool) -> Prompt:
     return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
 
 
-def _stream(llm: LLM, prompt: Prompt, params: SamplingParams, how: tuple[bool, bool, bool, bool]) -> None:
+def _stream(chunks: Iterable[Chunk], write: Callable[[Iterable[Piece]], None], quiet: bool) -> None:
     """Write the answer as it comes. What Ctrl-C or an error leaves behind is a whole line and its statistics."""
-    raw, speculation, in_color, quiet = how
-    with contextlib.suppress(AttributeError):  # a replaced stdout may not have it
-        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    write = writer(sys.stdout, in_color)
     last: Chunk | None = None
     written = False
-    chunks = llm.stream(prompt, params, raw=raw, speculation=speculation)
     try:
         for chunk in chunks:
-            write(chunk.spans)
+            # Before writing: an interrupt may come right after it.
             last, written = chunk, written or bool(chunk.spans)
+            write(chunk.spans)
     finally:
         if written:
             print(flush=True)

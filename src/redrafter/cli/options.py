@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from redrafter.params import DecodeConfig
+from redrafter.params import DecodeConfig, from_mapping
 
 if TYPE_CHECKING:
     from redrafter.llm import LLM
@@ -49,7 +49,7 @@ def decode_config(
         "tree_size": tree_size,
     }
     given = {name: value for name, value in asked.items() if value is not None}
-    return DecodeConfig(**given) if given else None
+    return from_mapping(DecodeConfig, given) if given else None
 
 
 @contextmanager
