@@ -129,6 +129,15 @@ def test_a_drafter_of_another_model_names_both_numbers(key, words, drafter, targ
         models.resolve_drafter(str(drafter), target)
 
 
+def test_apples_layout_is_paired_by_what_it_records():
+    apple = {"num_draft_layers": 2, "hidden_size": 32, "exit_dim": 64, "rnn": True}
+    models.check_pair(apple, LLAMA, "apple")
+    with pytest.raises(IncompatibleDrafter, match=r"hidden width of 16, this model's is 32"):
+        models.check_pair(apple | {"hidden_size": 16}, LLAMA, "apple")
+    with pytest.raises(CorruptModel, match=r"drafter config\.json has no num_target_layers"):
+        models.check_pair({"vocab_size": 64, "hidden_size": 32}, LLAMA, "ours")
+
+
 def test_drafter_folders(drafter, target):
     assert models.resolve_drafter("none", target) is None
     assert models.resolve_drafter(None, target) is None

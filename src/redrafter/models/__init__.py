@@ -156,8 +156,15 @@ def resolve_drafter(spec: str | None, model: ModelFiles) -> Path | None:
 
 
 def check_pair(drafter_config: dict[str, Any], model_config: dict[str, Any], drafter_name: str) -> None:
-    """Raises IncompatibleDrafter, naming both numbers, if the drafter was trained for a model of another shape."""
+    """Raises IncompatibleDrafter, naming both numbers, if the drafter was trained for a model of another shape.
+
+    Apple's layout (known by its num_draft_layers) records neither the vocabulary nor the number of layers; it reads the
+    last hidden state only, and its vocabulary shows in its weights.
+    """
+    apple = "num_draft_layers" in drafter_config
     for drafter_key, model_key, meaning in PAIRED_KEYS:
+        if apple and drafter_key not in drafter_config:
+            continue
         for key, config, whose in ((drafter_key, drafter_config, "drafter"), (model_key, model_config, "model")):
             if key not in config:
                 raise CorruptModel(f"{whose} config.json has no {key} (drafter {drafter_name!r}): copy it again")
