@@ -88,7 +88,20 @@ def test_generate_writes_prompts_and_answers(model_folder: Path, tmp_path: Path)
     real = tmp_path / "real.jsonl"
     real.write_text("\n".join(json.dumps({"prompt": f"w{i} w{i + 1} w7"}) for i in range(12)))
     out = tmp_path / "data"
-    sizes = ["--rows", "64", "--prompt-rows", "64", "--max-new", "24", "--max-prompt", "24", "--pool", "40"]
+    sizes = [
+        "--rows",
+        "64",
+        "--prompt-rows",
+        "64",
+        "--max-new",
+        "24",
+        "--max-prompt",
+        "24",
+        "--pool",
+        "40",
+        "--loop-share",
+        "0.3",
+    ]
     common = ["--model", str(model_folder), "--device", "cpu", "--dtype", "float32", "--cache-tokens", "8192"]
     where = ["--out", str(out), "--prompts", str(real), "--seconds", "4"]
     report = generate.main([*common, *sizes, *where])
@@ -98,7 +111,9 @@ def test_generate_writes_prompts_and_answers(model_folder: Path, tmp_path: Path)
     assert counts["own_prompts"] > 20
     assert len(samples) == counts["kept"] > 20
     assert counts["kept_sampled"] == samples.sampled.sum() > 0
-    assert counts["answers"] == counts["kept"] + counts.get("answers_looping", 0) + counts.get("answers_too_short", 0)
+    assert counts["answers"] == counts["kept"] - counts.get("kept_looping", 0) + counts.get(
+        "answers_looping", 0
+    ) + counts.get("answers_too_short", 0)
     assert counts["kept_answer_tokens"] == (samples.end - samples.begin - samples.answer_start).sum()
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     before, after = (encode(tokenizer, [part])[0] for part in chat_frame(tokenizer))

@@ -270,7 +270,6 @@ def _write(log: Any, line: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    torch.set_float32_matmul_precision("high")
     train(parser().parse_args(argv))
 
 

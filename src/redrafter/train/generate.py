@@ -39,10 +39,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.7], help="of the other batches")
     p.add_argument("--rows", type=int, default=6144, help="rows of a batch at most")
     p.add_argument("--prompt-rows", type=int, default=8192)
-    p.add_argument("--max-new", type=int, default=384)
+    p.add_argument("--max-new", type=int, default=320)
     p.add_argument("--max-prompt", type=int, default=192, help="tokens of the user's text at most")
     p.add_argument("--min-prompt", type=int, default=4)
     p.add_argument("--tail", type=float, default=0.03, help="share of a batch's rows at which stragglers are cut")
+    p.add_argument("--loop-share", type=float, default=0.0, help="share of the looping answers that is kept")
     p.add_argument("--cache-tokens", type=int, default=0, help="slots of the key/value cache (0: 60 %% of free memory)")
     p.add_argument("--seed", type=int, default=0)
     return p
@@ -71,7 +72,7 @@ class Generation:
         self.rng = np.random.default_rng(args.seed)
         self.seen: set[int] = set()
         self.count: Counter[str] = Counter()
-        self.seconds: Counter[str] = Counter()
+        self.prompt_seconds = 0.0
 
     @property
     def late(self) -> bool:
@@ -89,7 +90,7 @@ class Generation:
             self.count["own_prompts_written"] += len(texts)
             whole = [t for t in texts if t.ended and len(t.tokens) > args.min_prompt and not loops(t.tokens)]
             self.count["own_prompts_unusable"] += len(texts) - len(whole)
-            decoded = self.tokenizer.batch_decode([t.tokens[:-1] for t in whole], skip_special_tokens=False)
+            decoded = self.tokenizer.batch_decode([t.tokens[:-1].tolist() for t in whole], skip_special_tokens=False)
             prompts += self.fresh(decoded)
         return prompts
 
@@ -127,13 +128,15 @@ class Generation:
     def keep(self, texts: list[Text], prompts: list[str], ids: list[np.ndarray], temperature: float) -> None:
         for text in texts:
             self.count["answers"] += 1
+            heldout = is_heldout(prompts[text.row])
             if text.looped or loops(text.tokens):
                 self.count["answers_looping"] += 1
-                continue
+                if heldout or self.rng.random() >= self.args.loop_share:
+                    continue
+                self.count["kept_looping"] += 1
             if len(text.tokens) < 3:
                 self.count["answers_too_short"] += 1
                 continue
-            heldout = is_heldout(prompts[text.row])
             sampled = temperature > 0
             self.shards.add(ids[text.row], text.tokens, sampled=sampled, ended=text.ended, heldout=heldout)
             self.count["kept"] += 1
@@ -187,7 +190,6 @@ def mix(args: argparse.Namespace) -> list[float]:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parser().parse_args(argv)
-    torch.set_float32_matmul_precision("high")
     started = time.monotonic()
     run = Generation(args, started + args.seconds)
     if args.prompts:
@@ -199,14 +201,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         mark = time.monotonic()
         prompts = run.own_prompts(mark + args.prompt_share * (run.deadline - mark))
         run.count["own_prompts"] += len(prompts)
-        run.seconds["writing_prompts"] += time.monotonic() - mark
+        run.prompt_seconds += time.monotonic() - mark
         run.answer(prompts, mix(args))
     seconds = time.monotonic() - started
     report = {
         "settings": {k: v for k, v in vars(args).items() if k not in ("model", "out", "prompts")},
         "counts": dict(run.count),
         "seconds": round(seconds, 1),
-        "seconds_writing_prompts": round(run.seconds["writing_prompts"], 1),
+        "seconds_writing_prompts": round(run.prompt_seconds, 1),
         "raw_tokens_per_second": round(run.writer.raw_tokens / seconds),
         "kept_answer_tokens_per_second": round(run.count["kept_answer_tokens"] / seconds),
     }

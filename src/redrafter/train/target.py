@@ -122,7 +122,9 @@ class TrainingTarget:
         cls, folder: str | Path, device: str, dtype: torch.dtype, feature_layers: tuple[int, ...] = ()
     ) -> TrainingTarget:
         AttentionInterface.register(ATTENTION, attend)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=ATTENTION)
+        # cuDNN's attention builds a plan per shape, and the cache grows by a slot per token.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=ATTENTION)
         return cls(model.to(device), feature_layers)
 
     @property
@@ -140,7 +142,7 @@ class TrainingTarget:
     ) -> Tensor:
         """[B, T, D] after the final norm. ``mask`` [B, 1, T, S] bool; None is causal."""
         # A four-dimensional mask passes through transformers unchanged; one element of it says "none" (``attend``).
-        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens_BT.device) if mask is None else mask
+        mask = self.embedding.new_zeros(1, 1, 1, 1) if mask is None else _additive(mask, self.embedding.dtype)
         extra = {} if cache is None else {self._cache_name: cache}
         return self.decoder(
             input_ids=tokens_BT, attention_mask=mask, position_ids=position_BT, use_cache=cache is not None, **extra
@@ -154,3 +156,10 @@ class TrainingTarget:
         parts = [last, *(self._kept[layer] for layer in self.feature_layers)]
         self._kept.clear()
         return torch.cat(parts, dim=-1)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where attended, -inf elsewhere, rows a multiple of 16 apart: so the kernels use it as it is, in every layer."""
+    slots = mask.shape[-1]
+    storage = torch.zeros(*mask.shape[:-1], -(-slots // 16) * 16, dtype=dtype, device=mask.device)
+    return storage[..., :slots].masked_fill_(~mask, float("-inf"))

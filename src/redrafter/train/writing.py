@@ -53,7 +53,8 @@ def distinct_share(tokens: Tensor) -> Tensor:
 
 
 def loops(tokens: np.ndarray) -> bool:
-    return bool(distinct_share(torch.from_numpy(tokens.astype(np.int64))[None])[0] < LOOP_SHARE)
+    t = tokens.tolist()
+    return len(t) >= 4 and len(set(zip(t, t[1:], t[2:], t[3:], strict=False))) < LOOP_SHARE * (len(t) - 3)
 
 
 def pick(hidden_BD: Tensor, head_VD: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
@@ -75,6 +76,8 @@ class Writer:
         self.target = target
         self.end = torch.tensor(sorted(set(end_ids)), device=target.device)
         self.head = target.head.float()
+        # Hidden states and head come from bf16, which TF32 holds exactly; products are summed in float32.
+        torch.backends.cuda.matmul.allow_tf32 = True
         self.cache = BatchCache(target.config, cache_tokens, target.device, target.embedding.dtype)
         self.generator = torch.Generator(target.device).manual_seed(seed)
         self.raw_tokens = 0
