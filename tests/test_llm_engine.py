@@ -20,12 +20,14 @@ VOCAB = 280  # more than the tokenizer has: models pad theirs, and such ids have
 PROMPTS = ["why?", "the née 你", "a" * 30]
 
 
-def make_llm(drafter: bool = True, context: int = 128) -> LLM:
+SHAPE = DecodeConfig(beam_width=3, branching=3, draft_length=3, tree_size=10)
+
+
+def make_llm(drafter: bool = True, context: int = 128, shape: DecodeConfig = SHAPE) -> LLM:
     torch.manual_seed(3)
     config = drafter_config(vocab_size=VOCAB)
     target = make_target(make_model("llama", vocab_size=VOCAB), config.feature_layers)
     backend = TorchBackend(target, Drafter(config) if drafter else None, context, eos_ids=[])
-    shape = DecodeConfig(beam_width=3, branching=3, draft_length=3, tree_size=10)
     return LLM(Engine(backend, shape, max_batch=2), Tokenizer(fakes.byte_level(), "tiny"), model="tiny")
 
 
@@ -87,6 +89,13 @@ def test_an_answer_that_fills_the_context_ends_with_length_both_ways() -> None:
     assert [way.finish_reason for way in ways] == ["length", "length"]
     assert ways[0].token_ids == ways[1].token_ids
     assert len(ways[0].token_ids) == 15
+
+
+def test_a_draft_longer_than_the_tree_is_large_has_room_in_the_cache() -> None:
+    llm = make_llm(shape=DecodeConfig(beam_width=2, branching=2, draft_length=12, tree_size=3))
+    params = SamplingParams(max_new_tokens=6)
+    ways = [llm.generate("why?", params, speculation=way)[0].token_ids for way in (True, False)]
+    assert ways[0] == ways[1]
 
 
 def test_weights_that_give_nan_are_an_error_and_no_text() -> None:

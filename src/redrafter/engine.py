@@ -205,7 +205,7 @@ class Engine:
         tokens = min(len(request.prompt_ids) + request.params.max_new_tokens, self.context_limit)
         started = time.perf_counter()
         try:
-            backend.reserve(row + 1, tokens + self.config.tree_size)
+            backend.reserve(row + 1, tokens + max(self.config.tree_size, self.config.draft_length + 1))
             features = backend.prefill(row, request.prompt_ids[:-1])
         except RedrafterError as error:
             self._finish(request, "error", error)
