@@ -4,9 +4,8 @@ import json
 import os
 import sys
 
-from tests.fakes import scripted
-
 from redrafter.cli import main, options
+from tests.fakes import scripted
 
 
 def load(*arguments: object, **settings: object) -> object:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
-from tests import fakes
 
 from redrafter.cli import main, options
 from redrafter.cli.display import wants_color, writer
 from redrafter.params import DecodeConfig
 from redrafter.text import Piece
+from tests import fakes
 
 ANSWER = "the sky is blue, née 你好 😀"
 
