@@ -124,6 +124,12 @@ class ScriptedEngine:
         return Event(request_id, tuple(tokens), min(self.stride - 1, len(tokens)), reason, None, stats)
 
 
+class ScriptedLLM(LLM):
+    def next_logits(self, token_ids: Sequence[int]) -> list[float]:
+        """One point less for each id."""
+        return [-float(token) for token in range(300)]
+
+
 def scripted(
     answer: str = "", *, ids: Sequence[int] | None = None, stride: int = 3, prepare: Callable | None = None, **settings
 ) -> LLM:
@@ -132,4 +138,4 @@ def scripted(
     engine = ScriptedEngine(tokenizer.encode(answer) if ids is None else ids, stride, **settings)
     if prepare is not None:
         prepare(engine)
-    return LLM(engine, tokenizer, model="tiny", drafter="scripted")  # type: ignore[arg-type]
+    return ScriptedLLM(engine, tokenizer, model="tiny", drafter="scripted")  # type: ignore[arg-type]

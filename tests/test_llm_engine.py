@@ -6,8 +6,6 @@ from functools import cache
 
 import pytest
 import torch
-from tests import fakes
-from tests.tiny import drafter_config, make_model
 
 from redrafter import LLM, DecodeConfig, SamplingParams
 from redrafter.backends.torch.drafter import Drafter
@@ -15,6 +13,8 @@ from redrafter.backends.torch.load import TorchBackend, make_target
 from redrafter.engine import Engine
 from redrafter.errors import InvalidRequest, NonFiniteLogits
 from redrafter.text import Tokenizer
+from tests import fakes
+from tests.tiny import drafter_config, make_model
 
 VOCAB = 280  # more than the tokenizer has: models pad theirs, and such ids have no text
 PROMPTS = ["why?", "the née 你", "a" * 30]
@@ -75,11 +75,26 @@ def test_a_stream_left_early_frees_its_row_for_the_next_request() -> None:
     assert "".join(chunk.text for chunk in chunks) == expected.text
 
 
+def test_next_logits_are_those_that_the_greedy_answer_followed() -> None:
+    llm = shared()
+    completion = llm.generate("why?", SamplingParams(max_new_tokens=8))[0]
+    ids = [*completion.prompt_token_ids, *completion.token_ids]
+    for end in range(len(completion.prompt_token_ids), len(ids)):
+        logits = llm.next_logits(ids[:end])
+        assert len(logits) == VOCAB and logits.index(max(logits)) == ids[end]
+    assert llm.generate("why?", SamplingParams(max_new_tokens=8))[0].token_ids == completion.token_ids
+    stream = llm.stream("why?")
+    next(stream)
+    with pytest.raises(InvalidRequest, match="while 1 requests run"):
+        llm.next_logits(ids)
+    stream.close()
+
+
 def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers() -> None:
     llm = shared()
     with pytest.raises(InvalidRequest, match=r"the prompt has 300 tokens and the context holds 128"):
         llm.generate("a" * 300, raw=True)
-    assert not llm.engine.has_work
+    assert llm.generate("why?", SamplingParams(max_new_tokens=1))[0].finish_reason == "length"
 
 
 def test_an_answer_that_fills_the_context_ends_with_length_both_ways() -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from redrafter.algorithm.beam import no_beams
+from redrafter.algorithm.tree import pack
 from redrafter.errors import InvalidRequest, RedrafterError
 from redrafter.models import DEFAULT_MODEL, resolve, resolve_drafter
 from redrafter.params import DecodeConfig, SamplingParams
@@ -175,6 +177,21 @@ class LLM:
         """What the target computes in: "float32", "bfloat16", ..."""
         target: Any = self.engine.backend.target
         return str(target.dtype).removeprefix("torch.")
+
+    def next_logits(self, token_ids: Sequence[int]) -> list[float]:
+        """The target's logits [V] for the token after these ids, by a pass over one row and before any setting.
+
+        Only while no request runs: it uses the first row of the cache.
+        """
+        if self._replies:
+            raise InvalidRequest(f"next_logits while {len(self._replies)} requests run: finish or close them first")
+        backend = self.engine.backend
+        root = backend.array([token_ids[-1]])
+        backend.reserve(1, len(token_ids) + 1)
+        backend.prefill(0, token_ids[:-1])
+        tree = pack(backend.ops, no_beams(backend.ops, root), root, 1)
+        logits_BNV, _ = backend.target.verify(tree, backend.array([len(token_ids) - 1]))
+        return backend.host(logits_BNV[0, 0])
 
     def _engine(self, speculation: bool) -> Engine:
         """The engine, or its plain twin; they share one cache, so only one of them may have requests."""

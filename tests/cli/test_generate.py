@@ -209,7 +209,8 @@ def test_compare_reports_the_first_fork(run, dtype: str, arguments: list[str], c
     outcome = run("why?", "--compare", "--repeat", "1", *arguments)
     assert outcome.code == code
     assert outcome.out.startswith(f"equal ids: no, first fork at token 4 ({dtype}, plain and speculative): plain ")
-    assert "'e', speculative " in outcome.out and "'k'" in outcome.out
+    ids = [run.llm.tokenizer.encode(letter)[0] for letter in "ek"]
+    assert f"plain {ids[0]} 'e', speculative {ids[1]} 'k', logit gap {ids[1] - ids[0]}\n" in outcome.out
     assert "median of 1" in outcome.out
 
 
@@ -221,7 +222,7 @@ def test_compare_as_json_and_a_fork_where_one_answer_ends(run) -> None:
     assert outcome.code == 1
     assert (found["equal"], found["tokens"], found["repeat"]) == (False, 7, 2)
     assert found["fork"]["position"] == 7
-    assert found["fork"]["plain"] is None
+    assert found["fork"]["plain"] is None and found["fork"]["logit_gap"] is None
     assert found["fork"]["speculative"]["id"] == run.llm.engine.answer[7]
 
 

@@ -75,6 +75,7 @@ def summary(llm: LLM, plain: Sequence[Completion], drafted: Sequence[Completion]
             "plain": _token(llm, reference, at),
             "speculative": _token(llm, ids, at),
             "between": between,
+            "logit_gap": _gap(llm, plain[0], ids, at),
         }
     rates = [statistics.median(r.statistics.tokens_per_second for r in way) for way in (plain, drafted)]
     return {
@@ -93,6 +94,14 @@ def summary(llm: LLM, plain: Sequence[Completion], drafted: Sequence[Completion]
     }
 
 
+def _gap(llm: LLM, plain: Completion, ids: Sequence[int], at: int) -> float | None:
+    """How far apart a pass over one row puts the two tokens; None where one of the answers had ended."""
+    if at >= min(len(plain.token_ids), len(ids)):
+        return None
+    logits = llm.next_logits([*plain.prompt_token_ids, *plain.token_ids[:at]])
+    return logits[plain.token_ids[at]] - logits[ids[at]]
+
+
 def _token(llm: LLM, ids: Sequence[int], at: int) -> dict[str, Any] | None:
     """The token at a position; None where the answer had ended."""
     return {"id": ids[at], "text": llm.tokenizer.decode([ids[at]])} if at < len(ids) else None
@@ -109,6 +118,7 @@ def _lines(result: dict[str, Any]) -> list[str]:
         ]
         equal = f"equal ids: no, first fork at token {fork['position']} ({result['dtype']}, {fork['between']}): "
         equal += ", ".join(sides)
+        equal += "" if fork["logit_gap"] is None else f", logit gap {fork['logit_gap']:.3g}"
     ratio = "-" if result["speedup"] is None else f"{result['speedup']:.2f}x"
     return [
         equal,
