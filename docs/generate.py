@@ -121,7 +121,8 @@ def settings_block(example: Example) -> str:
 def pool_block(example: Example) -> str:
     beams, tree = example.beams, example.tree
     slots = {text_of(tree, node): node for node in range(tree.tokens.shape[1])}
-    rows, texts = [], []
+    rows: list[list[str]] = []
+    texts: list[str] = []
     survivors = surviving_slots(beams)
     for slot in range(beams.tokens.shape[1]):
         parent = int(beams.parent[0, slot])
