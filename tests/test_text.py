@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 
 import pytest
 from hypothesis import given
@@ -149,6 +150,18 @@ def test_messages_of_the_wrong_shape_are_refused(messages: list) -> None:
 def test_a_lone_surrogate_is_refused_with_its_position() -> None:
     with pytest.raises(InvalidRequest, match="position 2"):
         TOKENIZERS["byte level"].encode("ab\udc80")
+
+
+def test_a_text_longer_than_the_tokenizer_expects_is_the_engines_business(caplog, monkeypatch) -> None:
+    """transformers would warn on stderr; the engine refuses what is too long, with both numbers."""
+    raw = fakes.byte_level()
+    raw.model_max_length = 4
+    tokenizer = Tokenizer(raw, "tiny")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with caplog.at_level("WARNING", logger="transformers"):
+        assert len(tokenizer.encode("a" * 9)) == 9
+        assert len(tokenizer.encode_chat([{"role": "user", "content": "a" * 9}])) == 12
+    assert caplog.records == []
 
 
 def test_load_from_a_folder_and_from_one_without_a_tokenizer(tmp_path) -> None:

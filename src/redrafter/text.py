@@ -65,11 +65,11 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a raw text, with the special tokens the model's tokenizer puts in front of one."""
-        return list(self._tokenizer(_unicode(text))["input_ids"])
+        return list(self._tokenizer(_unicode(text), verbose=False)["input_ids"])
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, up to where the assistant's answer begins."""
-        return list(self._tokenizer(self.render(messages), add_special_tokens=False)["input_ids"])
+        return list(self._tokenizer(self.render(messages), add_special_tokens=False, verbose=False)["input_ids"])
 
     def render(self, messages: Sequence[Message]) -> str:
         """The conversation as the text the model was trained on. InvalidRequest: no template, or it fails."""
