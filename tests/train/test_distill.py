@@ -43,7 +43,7 @@ def test_anchors_and_teachers_equal_a_loop_over_single_anchors(target: TrainingT
     tokens, taught, anchor, teacher, depths = (torch.from_numpy(x) for x in batch)
     features = target.features(tokens)
     context = distiller.context(features, tokens).flatten(0, 1)[anchor]
-    teaching = teach(features[..., :32].flatten(0, 1)[taught], distiller.head, 40)
+    teaching = teach(features[..., :32].flatten(0, 1)[taught], distiller.teacher_head, 40)
     seen = {}
     for level in unroll(drafter, context, target.embedding, tokens.flatten(), anchor, depths):
         for i in level.exists_A.nonzero()[:, 0].tolist():
@@ -173,7 +173,8 @@ def test_an_epoch_holds_every_training_sample_once(data: Path) -> None:
 
 
 ARGUMENTS = """--device cpu --dtype float32 --feature-layers 0 2 --exit-dim 32 --trunk-heads 4 --trunk-kv-heads 2
---draft-vocabulary 64 --draft-length 4 --chunk 256 --batch-tokens 1500 --lr 5e-3 --ema 0.9 --margin 0 --log-every 5"""
+--draft-vocabulary 64 --draft-length 4 --chunk 256 --batch-tokens 1500 --lr 5e-3 --ema 0.9 --margin 0
+--warmup-steps 10 --log-every 5"""
 MEASURE = "--device cpu --dtype float32 --draft-length 4 --beam-widths 2 --branching 2 --vocabularies 0"
 
 

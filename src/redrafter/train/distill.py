@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     shape.add_argument("--draft-length", type=int, default=8)
     train = p.add_argument_group("training")
     train.add_argument("--loss", choices=LOSSES, default="mix")
-    train.add_argument("--mix-decay", type=float, default=3.0)
+    train.add_argument("--mix-decay", type=float, default=1.0)
     train.add_argument("--ce-weight", type=float, default=0.1)
     train.add_argument("--survival-floor", type=float, default=0.3)
     train.add_argument("--anchors", type=float, default=1.0, help="share of a row's anchors that is used")
@@ -68,19 +68,17 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--chunk", type=int, default=4096, help="anchors per head product")
     train.add_argument("--lr", type=float, default=1.5e-3)
     train.add_argument("--lr-end", type=float, default=0.05, help="share of --lr at the end")
-    train.add_argument("--warmup", type=float, default=0.03, help="share of the schedule")
+    train.add_argument("--warmup-steps", type=int, default=150)
     train.add_argument("--weight-decay", type=float, default=0.01)
     train.add_argument("--ema", type=float, default=0.999)
     train.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the loss")
     return p
 
 
-def learning_rate(args: argparse.Namespace, fraction: float) -> float:
-    """Warm-up, then a cosine from --lr to lr_end x --lr, over the elapsed fraction of the schedule."""
-    if fraction < args.warmup:
-        return args.lr * max(fraction / args.warmup, 0.01)
-    progress = min(1.0, (fraction - args.warmup) / max(1e-9, 1 - args.warmup))
-    return args.lr * (args.lr_end + (1 - args.lr_end) * 0.5 * (1 + math.cos(math.pi * progress)))
+def learning_rate(args: argparse.Namespace, fraction: float, step: int) -> float:
+    """A cosine from --lr to lr_end x --lr over the elapsed fraction of the schedule; the first steps warm up."""
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, fraction)))
+    return args.lr * (args.lr_end + (1 - args.lr_end) * cosine) * min(1.0, (step + 1) / args.warmup_steps)
 
 
 @dataclass
@@ -139,7 +137,7 @@ class Run:
 
     def update(self, batch: Batch, fraction: float) -> StepReport:
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.args, fraction)
+            group["lr"] = learning_rate(self.args, fraction, self.progress.step)
         report = self.distiller.step(batch)
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.optimizer.step()
@@ -205,6 +203,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     target = TrainingTarget.load(args.model, args.device, getattr(torch, args.dtype), tuple(args.feature_layers))
     samples = Samples(args.data)
     run = Run(args, samples, target)
+    run.distiller.prepare()
     total = args.total_seconds or args.seconds
     before, started = run.progress.trained_seconds, time.monotonic()
     rng = np.random.default_rng([args.seed, run.progress.step])

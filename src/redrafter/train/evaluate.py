@@ -145,7 +145,7 @@ def table(texts: list[AnswerText], lengths: list[np.ndarray], sizes: tuple[int, 
 def answer_greedily(args: argparse.Namespace, target: TrainingTarget, path: Path) -> list[AnswerText]:
     """The target's own greedy answers to the first turn of every line of a question file."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records = [json.loads(line) for line in path.read_text().strip().split("\n")]
     questions = [r["turns"][0] for r in records if args.category in str(r.get("category", ""))]
     if not questions:
         raise InvalidRequest(f"{path}: no question has a category that contains {args.category!r}; pass another")

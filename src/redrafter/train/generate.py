@@ -173,7 +173,7 @@ def group_by_length(lengths: list[int], rows_for: Any) -> list[np.ndarray]:
 def read_prompts(path: Path, limit_characters: int = 1200) -> list[str]:
     """The "prompt" field of every line; longer ones are left out."""
     prompts = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text().strip().split("\n"), 1):
         record = json.loads(line)
         if "prompt" not in record:
             raise InvalidRequest(f'{path}:{number}: no "prompt" field; give one per line')

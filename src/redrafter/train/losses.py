@@ -28,10 +28,10 @@ class Teaching(NamedTuple):
 
 
 def teach(hidden_RD: Tensor, head_VD: Tensor, vocabulary: int, chunk: int = 2048) -> Teaching:
-    """``head_VD`` holds the whole head, the draft vocabulary's ``vocabulary`` rows first."""
+    """``head_VD`` is the whole head in float32, the draft vocabulary's ``vocabulary`` rows first."""
     probability, choice = [], []
     for hidden in hidden_RD.split(chunk):
-        logits = (hidden @ head_VD.T).float()
+        logits = hidden.float() @ head_VD.T
         best = logits.argmax(-1)
         choice.append(torch.where(best < vocabulary, best, -1))
         log_total = logits.logsumexp(-1, keepdim=True)
@@ -118,6 +118,14 @@ class HeadLoss:
     def kl_share(self, overlap: Tensor) -> Tensor:
         """lambda of a depth whose overlap so far is ``overlap`` []."""
         return torch.exp(-self.decay * overlap) if self.kind == "mix" else torch.ones_like(overlap)
+
+    @torch.no_grad()
+    def prepare(self, head_VD: Tensor) -> None:
+        """Compile now, so that the first step is not slow. Call it under the autocast of the training step."""
+        logits = head_VD.new_zeros(self.chunk, len(head_VD))
+        label = torch.zeros(self.chunk, dtype=torch.int64, device=head_VD.device)
+        weight = torch.zeros(self.chunk, device=head_VD.device)
+        self.function(logits, logits.clone(), label, weight, weight.sum(), self.soft_ce)
 
     def __call__(
         self, exit_AD: Tensor, head_VD: Tensor, teaching: Teaching, row_A: Tensor, weight_A: Tensor, share: Tensor

@@ -124,6 +124,8 @@ class TrainingTarget:
         AttentionInterface.register(ATTENTION, attend)
         # cuDNN's attention builds a plan per shape, and the cache grows by a slot per token.
         torch.backends.cuda.enable_cudnn_sdp(False)
+        # Heads are applied in float32 to bf16 numbers, which TF32 holds exactly; the sums are in float32 either way.
+        torch.backends.cuda.matmul.allow_tf32 = dtype == torch.bfloat16
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=ATTENTION)
         return cls(model.to(device), feature_layers)
 

@@ -66,8 +66,19 @@ class Distiller:
         rest = torch.ones(drafter.config.vocab_size, dtype=torch.bool, device=device)
         rest[ids] = False
         # The draft vocabulary's rows first: restricting the teacher is then a slice, not a gather.
-        self.head = target.head[torch.cat([ids, rest.nonzero()[:, 0]])].contiguous()
+        order = torch.cat([ids, rest.nonzero()[:, 0]])
+        self.teacher_head = target.head[order].float()
+        self.head = target.head[ids].contiguous()
         self.overlap_K = torch.full((drafter.config.draft_length,), 0.1, device=device)
+
+    def autocast(self) -> torch.autocast:
+        enabled = self.target.embedding.dtype == torch.bfloat16
+        return torch.autocast(self.target.device.type, torch.bfloat16, enabled=enabled)
+
+    def prepare(self) -> None:
+        """Compile what will be compiled, before the clock of the schedule starts."""
+        with self.autocast():
+            self.loss.prepare(self.head)
 
     def step(self, batch: Batch) -> StepReport:
         """Forward and backward; gradients are left on the drafter."""
@@ -75,22 +86,20 @@ class Distiller:
         tokens, taught, anchor, teacher, depths = (_move(x, device) for x in batch)
         features = self.target.features(tokens)
         flat = tokens.flatten()
-        vocabulary = self.drafter.config.vocabulary
         with torch.no_grad():
             hidden = features[..., : self.drafter.config.hidden_size].flatten(0, 1)[taught]
-            teaching = teach(hidden, self.head, vocabulary)
+            teaching = teach(hidden, self.teacher_head, len(self.head))
         weight_K = survival_weights(self.overlap_K, self.survival_floor)
-        head = self.head[:vocabulary]
         total = torch.zeros((), device=device)
         overlaps, hits = [], []
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.target.embedding.dtype == torch.bfloat16):
+        with self.autocast():
             context = self.context(features, tokens).flatten(0, 1)[anchor]
             for depth, exit_AD, exists in unroll(self.drafter, context, self.target.embedding, flat, anchor, depths):
                 count = exists.sum().clamp(min=1)
                 weight = exists * (weight_K[depth - 1] / count)
                 row = (teacher + depth - 1).clamp(max=len(taught) - 1)
                 share = self.loss.kl_share(self.overlap_K[depth - 1])
-                loss, overlap, hit = self.loss(exit_AD, head, teaching, row, weight, share)
+                loss, overlap, hit = self.loss(exit_AD, self.head, teaching, row, weight, share)
                 total = total + loss
                 overlaps.append((overlap * exists).sum() / count)
                 hits.append((hit & exists).sum() / count)

@@ -76,8 +76,6 @@ class Writer:
         self.target = target
         self.end = torch.tensor(sorted(set(end_ids)), device=target.device)
         self.head = target.head.float()
-        # Hidden states and head come from bf16, which TF32 holds exactly; products are summed in float32.
-        torch.backends.cuda.matmul.allow_tf32 = True
         self.cache = BatchCache(target.config, cache_tokens, target.device, target.embedding.dtype)
         self.generator = torch.Generator(target.device).manual_seed(seed)
         self.raw_tokens = 0
