@@ -16,7 +16,7 @@ for stage in "${@:-generate distill evaluate}"; do
                 --category mt_bench --max-new 64 --beam-widths 8 --vocabularies 0 8192
             ;;
         generate)
-            python3 -m redrafter.train.generate --model "$model" --out "$work/data" --prompts "$prompts" --seconds 440
+            python3 -m redrafter.train.generate --model "$model" --out "$work/data" --prompts "$prompts" --seconds 440 --loop-share 0.1
             ;;
         distill)
             resume=()

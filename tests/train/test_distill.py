@@ -54,7 +54,7 @@ def test_anchors_and_teachers_equal_a_loop_over_single_anchors(target: TrainingT
     for row, (text, start) in enumerate(zip(texts, starts, strict=True)):
         ids = torch.from_numpy(text)
         logits = target.hidden(ids[None], torch.arange(len(ids))[None])[0] @ target.head.T
-        for root in range(start, len(text) - 1):  # the root's index; the anchor is the pair before it
+        for root in range(start - 1, len(text) - 1):  # the root's index; the anchor is the pair before it
             pairs = target.features(ids[None, :root])
             position = torch.arange(root)[None]
             c = drafter.context(pairs, target.embedding[ids[None, 1 : root + 1]], position)[0, -1]

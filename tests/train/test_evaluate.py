@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from transformers import AttentionInterface
 
 from redrafter.algorithm.beam import DraftBeams
 from redrafter.algorithm.tree import pack
 from redrafter.backends.torch.drafter import Drafter
+from redrafter.backends.torch.load import TorchBackend, make_target
 from redrafter.backends.torch.ops import TorchOps
-from redrafter.params import DecodeConfig
+from redrafter.engine import Engine
+from redrafter.params import DecodeConfig, SamplingParams
 from redrafter.train.evaluate import AnswerText, Evaluation, accepted_lengths, answer_greedily, parser, steps, table
-from redrafter.train.target import TrainingTarget
+from redrafter.train.target import ATTENTION, TrainingTarget, attend
+from tests.tiny import drafter_config, make_model, run
 
 
 def random_beams(seed: int) -> DraftBeams:
@@ -50,8 +56,29 @@ def test_accepted_length_equals_a_walk() -> None:
 
 
 def test_steps_walk_the_text() -> None:
-    assert steps(np.array([2, 0, 0, 1, 0, 0])) == 2  # root 0; 1 2 3; then 4 5
-    assert steps(np.zeros(6, dtype=np.int8)) == 5
+    assert steps(np.array([2, 0, 0, 1, 0, 0])) == 3  # tokens 0 1 2, then 3 4, then 5
+    assert steps(np.zeros(6, dtype=np.int8)) == 6
+
+
+def test_steps_equal_those_of_the_engine() -> None:
+    prompt = [5, 17, 33, 8, 90, 41, 41, 12]
+    torch.manual_seed(1)
+    drafter = Drafter(drafter_config())
+    backend = TorchBackend(make_target(make_model(), (0, 2)), copy.deepcopy(drafter), 200, eos_ids=[])
+    AttentionInterface.register(ATTENTION, attend)
+    target = TrainingTarget(make_model(attention=ATTENTION), (0, 2))
+    evaluation = Evaluation(target, drafter)
+    counts = set()
+    for width, size in ((8, 64), (3, 12), (1, 5)):
+        shape = DecodeConfig(beam_width=width, branching=8, draft_length=4, tree_size=size)
+        ids, statistics = run(Engine(backend, shape), prompt, SamplingParams(max_new_tokens=60))
+        text = AnswerText(np.array(prompt + ids), len(prompt))
+        lengths = evaluation.lengths([text], evaluation.contexts([text]), shape, vocabulary=0, rows=16)
+        assert steps(lengths[0][:, -1]) == statistics.steps
+        found = table([text], lengths, (size,))[str(size)]["tokens_per_step"]
+        assert found == pytest.approx(statistics.tokens_per_step, abs=1e-3)
+        counts.add(statistics.steps)
+    assert min(counts) < 60, "some draft must be accepted for this to mean anything"
 
 
 def test_a_drafter_that_knows_nothing_makes_one_token_per_step_and_tables_say_so(
@@ -61,7 +88,7 @@ def test_a_drafter_that_knows_nothing_makes_one_token_per_step_and_tables_say_so
     questions.write_text("\n".join(json.dumps({"turns": [f"w{i} w{i + 2}"], "category": "c"}) for i in range(5)))
     args = parser().parse_args(["--model", str(model_folder), "--drafter", "unused", "--max-new", "20"])
     texts = answer_greedily(args, target, questions)
-    assert len(texts) == 5 and all(isinstance(t, AnswerText) and 1 < len(t.tokens) - t.start <= 20 for t in texts)
+    assert len(texts) == 5 and all(isinstance(t, AnswerText) and 1 <= len(t.tokens) - t.start <= 20 for t in texts)
     evaluation = Evaluation(target, tiny_drafter)
     contexts = evaluation.contexts(texts, batch_tokens=64)
     shape = DecodeConfig(beam_width=4, branching=4, draft_length=4, tree_size=16)

@@ -2,7 +2,7 @@
 
 ``python -m redrafter.train.evaluate --model M --drafter O/drafter --data D --prompts questions.jsonl``. Greedy texts
 make verification a comparison with the text itself, so no target forward is needed per step: walking t += accepted + 1
-over a text gives the steps that decoding it would take. Tokens per step counts the bonus.
+over a text gives the steps that decoding it would take. Tokens per step counts the bonus and the end token.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class AnchorDrafter(TorchDrafter):
 
 
 class AnswerText(NamedTuple):
-    """Prompt and answer; ``start`` is the answer's first token, which the prefill yields."""
+    """Prompt and answer; ``start``, at least 2, is the index of the answer's first token."""
 
     tokens: np.ndarray
     start: int
@@ -78,7 +78,7 @@ class Evaluation:
 
     @torch.inference_mode()
     def contexts(self, texts: list[AnswerText], batch_tokens: int = 32768) -> list[Tensor]:
-        """Per text the contexts [A, D] of its anchors start - 1 .. end - 2, the roots being the answer's tokens."""
+        """Per text the contexts [A, D] of one anchor per answer token: its root is the token before that."""
         order = np.argsort([len(t.tokens) for t in texts], kind="stable")
         out: list[Tensor] = [torch.empty(0)] * len(texts)
         width = max(len(t.tokens) for t in texts)
@@ -92,7 +92,7 @@ class Evaluation:
             position = torch.arange(length, device=tokens_BT.device).expand_as(tokens_BT)
             context_BTD = self.drafter.context(self.target.features(tokens_BT), following, position)
             for row, i in enumerate(group):
-                out[i] = context_BTD[row, texts[i].start - 1 : len(texts[i].tokens) - 1]
+                out[i] = context_BTD[row, texts[i].start - 2 : len(texts[i].tokens) - 2]
         return out
 
     @torch.inference_mode()
@@ -102,8 +102,8 @@ class Evaluation:
         """Per text [A, N]: accepted drafts at every anchor, for every tree size up to ``shape.tree_size``."""
         device, ops, drafter = self.target.device, TorchOps(), self.worker(vocabulary)
         tail = np.full(shape.draft_length + 1, -1, dtype=np.int64)
-        padded = [np.concatenate([t.tokens[t.start :], tail]) for t in texts]
-        windows = [np.lib.stride_tricks.sliding_window_view(p, shape.draft_length + 1)[:-1] for p in padded]
+        padded = [np.concatenate([t.tokens[t.start - 1 :], tail]) for t in texts]
+        windows = [np.lib.stride_tricks.sliding_window_view(p, shape.draft_length + 1)[:-2] for p in padded]
         text_AL = torch.from_numpy(np.concatenate(windows)).to(device)  # root, then what follows it
         context_AD = torch.cat(contexts)
         parts = []
@@ -119,9 +119,9 @@ class Evaluation:
 
 
 def steps(accepted_A: np.ndarray) -> int:
-    """Decoding steps after the prefill: the root at anchor t is known, a step emits accepted + 1 further tokens."""
-    count, t, last = 0, 0, len(accepted_A) - 1
-    while t < last:
+    """Decoding steps of a text: a step whose root stands before answer token t emits accepted + 1 tokens from t on."""
+    count, t = 0, 0
+    while t < len(accepted_A):
         count += 1
         t += int(accepted_A[t]) + 1
     return count
@@ -134,10 +134,10 @@ def table(texts: list[AnswerText], lengths: list[np.ndarray], sizes: tuple[int, 
     for size in sizes:
         column = min(size, lengths[0].shape[1]) - 1
         taken = np.array([steps(x[:, column]) for x in lengths])
-        emitted = np.array([len(x) - 1 for x in lengths])
+        emitted = np.array([len(x) for x in lengths])
         entry = {"tokens_per_step": emitted.sum() / max(1, taken.sum())}
         entry["without_loops"] = emitted[fine].sum() / max(1, taken[fine].sum())
-        entry["mean_over_anchors"] = float(np.concatenate([x[:-1, column] for x in lengths]).mean()) + 1
+        entry["mean_over_anchors"] = float(np.concatenate([x[:, column] for x in lengths]).mean()) + 1
         out[str(size)] = {k: round(float(v), 4) for k, v in entry.items()}
     return out
 
@@ -161,7 +161,7 @@ def answer_greedily(args: argparse.Namespace, target: TrainingTarget, path: Path
         part = ids[first : first + rows]
         for text in writer.write(part, settings):
             texts.append(AnswerText(np.concatenate([part[text.row], text.tokens]), len(part[text.row])))
-    return [t for t in texts if len(t.tokens) - t.start > 1]
+    return texts
 
 
 def parser() -> argparse.ArgumentParser:

@@ -117,7 +117,8 @@ def make_batch(
     count = 0
     for row, (text, start) in enumerate(zip(texts, starts, strict=True)):
         tokens[row, : len(text)] = text
-        first, last = max(start, 1), len(text) - 2
+        # The first root is the last token of the prompt: decoding starts there too.
+        first, last = max(start - 1, 1), len(text) - 2
         if last < first:
             continue
         here = np.arange(first, last + 1)
