@@ -5,7 +5,6 @@ Everything that can be wrong with the files is a CorruptModel that names the fil
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -17,14 +16,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from redrafter.backends.torch.drafter import Drafter, DrafterConfig
-from redrafter.errors import CorruptModel, ModelNotFound
+from redrafter.backends.torch.drafter import Drafter
+from redrafter.drafter_config import DrafterConfig
+from redrafter.drafter_files import (
+    AGAIN,
+    APPLE_KEYS,
+    CONFIG,
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    WEIGHTS,
+    from_apple,
+    is_apple,
+    own_config,
+    read_config,
+    sha256,
+    verify,
+)
+from redrafter.errors import CorruptModel
 
-CONFIG, WEIGHTS, MANIFEST = "config.json", "model.safetensors", "manifest.json"
-FORMAT, FORMAT_VERSION = "redrafter", 1
-APPLE_KEYS = ("num_draft_layers", "hidden_size", "exit_dim", "rnn")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-AGAIN = "fetch or save the drafter again"
 
 
 def save_drafter(drafter: Drafter, folder: Path, metadata: dict[str, Any]) -> None:
@@ -36,29 +47,15 @@ def save_drafter(drafter: Drafter, folder: Path, metadata: dict[str, Any]) -> No
 def load_drafter(folder: Path) -> Drafter:
     """The drafter in ``folder``, on the CPU, in the dtype it was saved in. Apple's layout is recognised by its keys."""
     folder = Path(folder)
-    values = _read_config(folder)
-    if _is_apple(values):
+    values = read_config(folder)
+    if is_apple(values):
         return load_apple(folder)
-    if not (folder / MANIFEST).is_file():
-        raise CorruptModel(f"{folder / MANIFEST} is missing: the drafter cannot be verified; {AGAIN}")
-    _verify(folder)
-    if values.get("format") != FORMAT or values.get("format_version") != FORMAT_VERSION:
-        found = f"{values.get('format')!r} {values.get('format_version')!r}"
-        raise CorruptModel(
-            f"{folder / CONFIG}: format {found} is unknown, this version reads {FORMAT!r} {FORMAT_VERSION}; "
-            "use the redrafter that wrote it"
-        )
-    own = {k: v for k, v in values.items() if k not in ("format", "format_version", "metadata")}
-    try:
-        config = DrafterConfig.from_dict(own)
-    except CorruptModel as error:
-        raise CorruptModel(f"{folder / CONFIG}: {error}") from error
-    return _build(config, _read_weights(folder), folder)
+    return _build(own_config(folder, values), _read_weights(folder), folder)
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
     """What ``save_drafter`` was given; empty for Apple's layout."""
-    return dict(_read_config(Path(folder)).get("metadata") or {})
+    return dict(read_config(Path(folder)).get("metadata") or {})
 
 
 def save_apple(drafter: Drafter, folder: Path) -> None:
@@ -85,37 +82,14 @@ def save_apple(drafter: Drafter, folder: Path) -> None:
 def load_apple(folder: Path) -> Drafter:
     """Read Apple's layout, tensor set A or B (``lm_heads``, ``input_projs``); a manifest is checked if there is one."""
     folder = Path(folder)
-    values = _read_config(folder)
-    if not _is_apple(values):
+    values = read_config(folder)
+    if not is_apple(values):
         missing = ", ".join(k for k in APPLE_KEYS if k not in values)
         raise CorruptModel(f"{folder / CONFIG} lacks {missing}, which Apple's layout has; use load_drafter")
     if (folder / MANIFEST).is_file():
-        _verify(folder)
-    stored = _read_weights(folder)
-    stored = {k.replace("lm_heads.", "lm_head.").replace("input_projs.", "input_proj."): v for k, v in stored.items()}
-    head = f"lm_head.{values['num_draft_layers']}.weight"
-    if head not in stored or stored[head].ndim != 2:
-        raise CorruptModel(f"{folder / WEIGHTS}: the output matrix {head} is missing; {AGAIN}")
-    try:
-        config = DrafterConfig.from_dict(
-            {
-                "vocab_size": stored[head].shape[0],
-                "hidden_size": values["hidden_size"],
-                "num_target_layers": 0,
-                "cell": "rnn" if values["rnn"] else "sum",
-                "exit_dim": values["exit_dim"],
-                "num_blocks": values["num_draft_layers"],
-            }
-        )
-    except CorruptModel as error:
-        raise CorruptModel(f"{folder / CONFIG}: {error}") from error
-    names = _apple_names(config.num_blocks)
-    ours = {names(name): name for name in _skeleton(config).state_dict()}
-    return _build(config, {ours.get(name, name): tensor for name, tensor in stored.items()}, folder)
-
-
-def _is_apple(values: dict[str, Any]) -> bool:
-    return "format" not in values and all(key in values for key in APPLE_KEYS)
+        verify(folder)
+    config, stored = from_apple(folder, values, _read_weights(folder))
+    return _build(config, stored, folder)
 
 
 def _apple_names(num_blocks: int) -> Callable[[str], str]:
@@ -167,26 +141,6 @@ def _check_token_ids(ids: Tensor, config: DrafterConfig, path: Path) -> None:
         raise CorruptModel(f"{path}: token_ids must be distinct int64 below vocab_size={config.vocab_size}; {AGAIN}")
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise ModelNotFound(
-            f"{folder} is not a folder: a drafter is a folder with {CONFIG} and {WEIGHTS}; check the path"
-        )
-    return _read_json(folder / CONFIG)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise CorruptModel(f"{path} is missing; {AGAIN}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CorruptModel(f"{path} is not JSON ({error}); {AGAIN}") from error
-    if not isinstance(values, dict):
-        raise CorruptModel(f"{path} must hold a JSON object, not {type(values).__name__}; {AGAIN}")
-    return values
-
-
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     if not path.is_file():
@@ -197,29 +151,6 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         raise CorruptModel(f"{path} cannot be read ({error}); {AGAIN}") from error
 
 
-def _verify(folder: Path) -> None:
-    """Sizes and SHA-256 of every file that the manifest lists."""
-    listed = _read_json(folder / MANIFEST).get("files")
-    if not isinstance(listed, dict) or not {CONFIG, WEIGHTS} <= set(listed):
-        raise CorruptModel(f"{folder / MANIFEST} must list {CONFIG} and {WEIGHTS}; {AGAIN}")
-    for name, entry in listed.items():
-        path = folder / name
-        if Path(name).name != name or not isinstance(entry, dict):
-            raise CorruptModel(f"{folder / MANIFEST}: {name!r} is not an entry of this folder; {AGAIN}")
-        if not path.is_file():
-            raise CorruptModel(f"{path} is missing; {AGAIN}")
-        size = path.stat().st_size
-        if size != entry.get("bytes"):
-            raise CorruptModel(f"{path} has {size} bytes, its manifest says {entry.get('bytes')}; {AGAIN}")
-        if _sha256(path) != entry.get("sha256"):
-            raise CorruptModel(f"{path} was changed: its SHA-256 is not the manifest's; {AGAIN}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """All files are complete on disk under other names before the first gets its own; the manifest comes last, so a
     folder that was written half-way does not pass its check."""
@@ -228,7 +159,7 @@ def _write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> 
     try:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, aside[WEIGHTS])
         aside[CONFIG].write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
-        entries = {n: {"bytes": aside[n].stat().st_size, "sha256": _sha256(aside[n])} for n in (CONFIG, WEIGHTS)}
+        entries = {n: {"bytes": aside[n].stat().st_size, "sha256": sha256(aside[n])} for n in (CONFIG, WEIGHTS)}
         aside[MANIFEST].write_text(json.dumps({"files": entries}, indent=2) + "\n")
         for path in aside.values():
             _flush(path)
