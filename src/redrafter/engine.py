@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from redrafter.algorithm.accept import Accepted
-from redrafter.algorithm.beam import Drafter, Reading
+from redrafter.algorithm.beam import Reading
 from redrafter.algorithm.ops import Array
 from redrafter.algorithm.sampling import Sampling
-from redrafter.algorithm.step import DecodeState, Target, step
+from redrafter.algorithm.step import DecodeState, step
 from redrafter.algorithm.tree import TokenTree, unmerged_tokens
 from redrafter.errors import InvalidRequest, NonFiniteLogits, RedrafterError
 from redrafter.params import PLAIN, DecodeConfig, SamplingParams
@@ -26,8 +26,10 @@ class Backend(Protocol):
     """What an engine needs of a backend beside the algorithm's own protocols; one object owns target and drafter."""
 
     ops: Any
-    target: Target
-    drafter: Drafter | None
+    target: Any
+    """an algorithm.step.Target"""
+    drafter: Any
+    """an algorithm.beam.Drafter, or None"""
     context_limit: int
     eos_ids: frozenset[int]
 
@@ -217,20 +219,7 @@ class Engine:
 
     def _join(self, request: _Request, features_F: Array) -> None:
         backend = self.backend
-        width = self.config.draft_length + 1 if self.speculative else 1
-        root, length = request.prompt_ids[-1], len(request.prompt_ids) - 1
-        one = backend.array([[0] * width])
-        new = DecodeState(
-            reading=Reading(
-                features=features_F[None, None] + 0 * one[:, :, None],
-                tokens=one + root,
-                first=backend.array([length - 1]),
-                count=backend.array([1]),
-            ),
-            root=backend.array([root]),
-            lengths=backend.array([length]),
-            sampling=Sampling(),
-        )
+        new = first_state(backend, self.config, features_F, request.prompt_ids[-1], len(request.prompt_ids) - 1)
         if self._state is not None:
             new = _map2(lambda old, add: backend.ops.concat([old, add], 0), self._state, new)
         self._state = new._replace(sampling=self._sampling())
@@ -316,6 +305,22 @@ class Engine:
     def _finish(self, request: _Request, reason: str, error: RedrafterError | None = None) -> None:
         request.statistics.seconds = time.perf_counter() - request.added
         self._events.append(Event(request.request_id, (), 0, reason, error, request.statistics))
+
+
+def first_state(backend: Backend, config: DecodeConfig, features_F: Array, root: int, length: int) -> DecodeState:
+    """One row whose ``length`` tokens lie in the cache and whose next token, the root, does not."""
+    one = backend.array([[0] * (config.draft_length + 1 if config.speculative else 1)])
+    return DecodeState(
+        reading=Reading(
+            features=features_F[None, None] + 0 * one[:, :, None],
+            tokens=one + root,
+            first=backend.array([length - 1]),
+            count=backend.array([1]),
+        ),
+        root=backend.array([root]),
+        lengths=backend.array([length]),
+        sampling=Sampling(),
+    )
 
 
 def _map2(function: Any, a: DecodeState, b: DecodeState) -> DecodeState:

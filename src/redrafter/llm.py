@@ -88,7 +88,7 @@ class LLM:
         or none), "none", or a folder. config: the beam shape; None lets the program pick it. progress: told in a few
         words what is being done.
         """
-        from redrafter.backends.torch.load import load  # brings torch: only when weights are really loaded
+        from redrafter.load import load  # brings torch: only when weights are really loaded
 
         tell = progress or _silent
         files = resolve(str(model), progress=tell)

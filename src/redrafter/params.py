@@ -96,15 +96,13 @@ class DecodeConfig:
     """The beam shape: how much to draft and how much of it to verify. It changes the speed and never the output.
 
     beam_width: beams kept per depth; branching: children scored per beam; draft_length: drafted tokens per beam (the
-    root is not counted); tree_size: nodes verified per step (the root is counted, so 1 is plain decoding);
-    draft_vocabulary: how many of the drafter's most frequent tokens it may propose (0: all it has).
+    root is not counted); tree_size: nodes verified per step (the root is counted, so 1 is plain decoding).
     """
 
     beam_width: int = 8
     branching: int = 8
     draft_length: int = 8
     tree_size: int = 64
-    draft_vocabulary: int = 0
     seed_coupled: bool = True
 
     def __post_init__(self) -> None:
@@ -117,7 +115,6 @@ class DecodeConfig:
             value = getattr(self, name)
             ok = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
             _check(ok, name, value, f"a whole number from 1 to {most}", "see `redrafter generate --help`")
-        _check(self.draft_vocabulary >= 0, "draft_vocabulary", self.draft_vocabulary, "0 or more", "0 means all")
 
     @property
     def speculative(self) -> bool:

@@ -68,8 +68,8 @@ class KVCache:
         """transformers calls this in every layer with [B, H, N, d]; returns [B, H, limit, d]."""
         if keys.shape[1:] != values.shape[1:] or (keys.shape[1], keys.shape[3]) != (self.heads, self.head_width):
             raise UnsupportedModel(
-                f"layer {layer_idx} has keys {list(keys.shape[1:])} and values {list(values.shape[1:])} [heads, tokens, "
-                f"width]; the cache needs {self.heads} heads of width {self.head_width} in every layer"
+                f"layer {layer_idx} has keys {list(keys.shape[1:])} and values {list(values.shape[1:])} [heads, "
+                f"tokens, width]; the cache needs {self.heads} heads of width {self.head_width} in every layer"
             )
         index = self._slot_BN[:, None, :, None].expand(keys.shape)
         stored = self.keys[layer_idx, self._rows], self.values[layer_idx, self._rows]

@@ -1,8 +1,8 @@
-"""From files to a running engine's backend: weights, cache, drafter, and the settings of a batch as tensors."""
+"""The engine's backend on torch: weights, caches, drafter, and the settings of a batch as tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def load_target(
 
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=EXACT if device.type == "cpu" else FAST,
@@ -83,7 +83,7 @@ class TorchBackend:
         target: TorchTarget,
         drafter: Drafter | None,
         context_limit: int,
-        eos_ids: Sequence[int],
+        eos_ids: Iterable[int],
         vocabulary: int = 0,
     ) -> None:
         self.ops = TorchOps()

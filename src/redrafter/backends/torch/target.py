@@ -27,8 +27,8 @@ class TorchTarget:
     output is kept beside the last hidden state after the final norm; features are [last ; layer ; layer ..].
     """
 
-    def __init__(self, model: nn.Module, feature_layers: Sequence[int] = ()) -> None:
-        self.model: Any = model.eval().requires_grad_(False)
+    def __init__(self, model: Any, feature_layers: Sequence[int] = ()) -> None:
+        self.model = model.eval().requires_grad_(False)
         self.feature_layers = tuple(feature_layers)
         config: Any = model.config
         self.vocab_size: int = config.vocab_size
