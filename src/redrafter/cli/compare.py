@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from redrafter.bench.metrics import first_fork
 from redrafter.errors import InvalidRequest
 from redrafter.params import SamplingParams
 
@@ -49,13 +50,6 @@ def compare(
     print(json.dumps(result, allow_nan=False) if as_json else "\n".join(_lines(result)))
     forgiven = allow_forks and llm.dtype != "float32"
     return 0 if result["equal"] or forgiven else 1
-
-
-def first_fork(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """First position at which two answers differ, or end differently; None if they are equal."""
-    if list(a) == list(b):
-        return None
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def summary(llm: LLM, plain: Sequence[Completion], drafted: Sequence[Completion]) -> dict[str, Any]:

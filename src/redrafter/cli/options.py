@@ -76,8 +76,9 @@ def load_llm(
     config: DecodeConfig | None = None,
     threads: int | None = None,
     quiet: bool = False,
+    max_batch: int = 1,
 ) -> LLM:
-    """``LLM.from_pretrained`` with its progress on stderr; a single request at a time."""
+    """``LLM.from_pretrained`` with its progress on stderr; by default a single request at a time."""
     with progress(quiet) as tell:
         tell("importing torch")
         from redrafter.llm import LLM
@@ -89,7 +90,7 @@ def load_llm(
             dtype=dtype,
             device=device,
             max_context=max_context,
-            max_batch=1,
+            max_batch=max_batch,
             config=config,
             threads=threads,
             progress=tell,

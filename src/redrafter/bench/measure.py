@@ -1,0 +1,184 @@
+"""Run the prompts, plain and speculative by turns on one engine, and write down what each of them took."""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from redrafter.bench.metrics import first_fork, looping
+from redrafter.errors import InvalidRequest
+from redrafter.params import SamplingParams
+
+if TYPE_CHECKING:
+    from redrafter.bench.prompts import BenchPrompt
+    from redrafter.llm import LLM, Completion
+
+WARM_UP_TOKENS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How to run: sampling settings (prompt i has seed + i), requests at once, repetitions, and whether both ways."""
+
+    params: SamplingParams
+    batch: int = 1
+    repeat: int = 1
+    plain: bool = True
+
+
+@dataclass(frozen=True)
+class Measured:
+    """records: one per finished prompt; batches: wall seconds of whole batches; partial: Ctrl-C came before the end."""
+
+    records: list[dict[str, Any]]
+    batches: list[dict[str, Any]]
+    partial: bool
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A batch, once: wall seconds from the first word of it to the last, prefill included."""
+
+    seconds: float
+    answers: list[Completion]
+
+
+def check_fit(llm: LLM, prompts: Sequence[BenchPrompt]) -> None:
+    """Every prompt can be asked. InvalidRequest names the first that cannot, before anything is run."""
+    if llm.engine.backend.drafter is None:
+        raise InvalidRequest("bench needs a drafter and has none: name a trained drafter's folder with --drafter")
+    limit = llm.engine.context_limit
+    for prompt in prompts:
+        tokens = len(llm.encode(prompt.prompt))
+        if tokens >= limit:
+            raise InvalidRequest(
+                f"prompt {prompt.id} has {tokens} tokens and the context holds {limit}: raise --max-context, "
+                "or leave it out with --category or --limit"
+            )
+
+
+def measure(
+    llm: LLM,
+    prompts: Sequence[BenchPrompt],
+    plan: Plan,
+    tell: Callable[[str], None],
+    save: Callable[[Measured], None],
+) -> Measured:
+    """``save`` is given what is finished after every batch; Ctrl-C ends the run and what is finished is returned."""
+    measured = Measured([], [], True)
+    batches = [list(prompts[i : i + plan.batch]) for i in range(0, len(prompts), plan.batch)]
+    try:
+        tell("warming up")
+        few = replace(plan.params, max_new_tokens=min(WARM_UP_TOKENS, plan.params.max_new_tokens))
+        for speculation in (False, True) if plan.plain else (True,):
+            _run(llm, batches[0], [few] * len(batches[0]), speculation)
+        started = time.perf_counter()
+        for number, batch in enumerate(batches):
+            _one_batch(llm, batch, number, plan, measured)
+            save(measured)
+            tell(_progress(measured, len(prompts), number + 1, len(batches), time.perf_counter() - started))
+    except KeyboardInterrupt:
+        return measured
+    return replace(measured, partial=False)
+
+
+def _progress(measured: Measured, prompts: int, done: int, batches: int, elapsed: float) -> str:
+    left = elapsed / done * (batches - done)
+    steps = sum(r["steps"] for r in measured.records)
+    tokens = sum(r["answer_tokens"] for r in measured.records)
+    rate = f"{tokens / steps:.2f} tokens per step" if steps else "no steps"
+    return f"{len(measured.records)} of {prompts} prompts, {rate}, {left / 60:.0f} min {left % 60:.0f} s left"
+
+
+def _one_batch(llm: LLM, batch: list[BenchPrompt], number: int, plan: Plan, measured: Measured) -> None:
+    """Both ways, as often as asked; which one goes first alternates, so that a machine that slows down slows both."""
+    before = number * plan.batch
+    settings = [replace(plan.params, seed=(plan.params.seed + before + i) % 2**64) for i in range(len(batch))]
+    runs: dict[bool, list[_Run]] = {False: [], True: []}
+    for turn in range(plan.repeat):
+        for speculation in (False, True) if (number + turn) % 2 == 0 else (True, False):
+            if speculation or plan.plain:
+                runs[speculation].append(_run(llm, batch, settings, speculation))
+    records = []
+    for i, prompt in enumerate(batch):
+        plain = [run.answers[i] for run in runs[False]]
+        drafted = [run.answers[i] for run in runs[True]]
+        records.append({"id": prompt.id, "category": prompt.category, "batch": number, **_record(llm, plain, drafted)})
+    measured.records.extend(records)
+    seconds = {way: [run.seconds for run in runs[way]] for way in runs}
+    measured.batches.append({"plain_seconds": seconds[False], "speculative_seconds": seconds[True]})
+
+
+def _run(llm: LLM, batch: list[BenchPrompt], settings: list[SamplingParams], speculation: bool) -> _Run:
+    started = time.perf_counter()
+    answers = llm.generate([prompt.prompt for prompt in batch], settings, speculation=speculation)
+    seconds = time.perf_counter() - started
+    for answer in answers:
+        if answer.error is not None:
+            raise answer.error
+    return _Run(seconds, answers)
+
+
+def _record(llm: LLM, plain: Sequence[Completion], drafted: Sequence[Completion]) -> dict[str, Any]:
+    """Counts are those of the first speculative run, seconds the medians of all; ``speedup`` is of whole requests."""
+    answer, counts = drafted[0], drafted[0].statistics
+    record: dict[str, Any] = {
+        "prompt_tokens": counts.prompt_tokens,
+        "answer_tokens": counts.answer_tokens,
+        "plain_answer_tokens": plain[0].statistics.answer_tokens if plain else None,
+        "finish_reason": answer.finish_reason,
+        "ids_sha256": hashlib.sha256(" ".join(map(str, answer.token_ids)).encode()).hexdigest(),
+        "equal": None,
+        "fork": None,
+        "looping": looping(answer.token_ids),
+        "steps": counts.steps,
+        "tokens_per_step": counts.tokens_per_step,
+        "drafted_steps": counts.drafted_steps,
+        "accepted_at_depth": list(counts.accepted_at_depth),
+        "tree_nodes": counts.tree_nodes,
+        "unmerged_tokens": counts.unmerged_tokens,
+        "seconds": _seconds(drafted),
+        "decode_seconds": _decode_seconds(drafted),
+        "speedup": None,
+    }
+    if plain:
+        record["fork"] = _fork(llm, plain, drafted)
+        record["equal"] = record["fork"] is None
+        record["plain_seconds"], record["plain_decode_seconds"] = _seconds(plain), _decode_seconds(plain)
+        record["speedup"] = record["plain_seconds"] / record["seconds"]
+    return record
+
+
+def _seconds(answers: Sequence[Completion]) -> float:
+    return statistics.median(a.statistics.seconds for a in answers)
+
+
+def _decode_seconds(answers: Sequence[Completion]) -> float:
+    return statistics.median(a.statistics.seconds - a.statistics.prefill_seconds for a in answers)
+
+
+def _fork(llm: LLM, plain: Sequence[Completion], drafted: Sequence[Completion]) -> dict[str, Any] | None:
+    """The earliest difference of any run from the first plain one.
+
+    logit_gap: the plain token's logit minus the other's, by a pass over one row and before any sampling setting; None
+    where one of the answers had ended.
+    """
+    reference = plain[0].token_ids
+    runs = [(run, "plain") for run in plain[1:]] + [(run, "speculative") for run in drafted]
+    forks = [(at, run.token_ids, way) for run, way in runs if (at := first_fork(reference, run.token_ids)) is not None]
+    if not forks:
+        return None
+    at, other, way = min(forks, key=lambda fork: fork[0])
+    both = at < min(len(reference), len(other))
+    logits = llm.next_logits([*plain[0].prompt_token_ids, *reference[:at]]) if both else []
+    return {
+        "position": at,
+        "plain": reference[at] if at < len(reference) else None,
+        "other": other[at] if at < len(other) else None,
+        "other_is": way,
+        "logit_gap": logits[reference[at]] - logits[other[at]] if both else None,
+    }

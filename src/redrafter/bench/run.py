@@ -1,0 +1,113 @@
+"""One run: prompts, a loaded model, a plan -> the result that is written, shown and drawn."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from redrafter.bench.measure import Measured, Plan, check_fit, measure
+from redrafter.bench.metrics import known_metrics, summarise
+from redrafter.bench.prompts import BenchPrompt, PromptSet, groups_of
+from redrafter.bench.provenance import machine, now, peak_memory_bytes, portable, source
+from redrafter.bench.results import write_json
+from redrafter.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from redrafter.llm import LLM
+
+NAME = re.compile(r"[\w][\w.+-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to run and what to write about it.
+
+    weights: names, bytes and SHA-256 of target and drafter (``provenance.models``); start_seconds: loading them took
+    that long; command: the command line without this machine's folders.
+    """
+
+    found: PromptSet
+    prompts: Sequence[BenchPrompt]
+    plan: Plan
+    weights: Mapping[str, Any]
+    start_seconds: float
+    command: str
+
+
+def result_path(out: Path, name: str | None, model: str, dtype: str) -> Path:
+    """The file of a run; unless one is given, its name says date and time (UTC), model and dtype."""
+    if name is None:
+        made = "-".join((now()[:19].replace(":", ""), Path(model).name, dtype))
+        name = re.sub(r"[^\w.+-]+", "-", made)
+    if not NAME.fullmatch(name):
+        raise InvalidRequest(f"--name {name!r} is not a file name: use letters, digits, and . _ + - inside")
+    return out / f"{name.removesuffix('.json')}.json"
+
+
+def run(llm: LLM, job: Job, path: Path, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Measure and write. Until the end, what is finished lies beside ``path`` as ``.partial.json``, marked partial, so
+    that neither a kill nor Ctrl-C loses it, and an older result under that name stays whole."""
+    check_fit(llm, job.prompts)
+    facts = _facts(llm, job)
+    unfinished = path.with_suffix(".partial.json")
+    measured = measure(
+        llm, job.prompts, job.plan, tell, lambda some: write_json(unfinished, _result(llm, job, facts, some))
+    )
+    result = _result(llm, job, facts, measured)
+    if measured.partial:
+        write_json(unfinished, result)
+    else:
+        write_json(path, result)
+        unfinished.unlink(missing_ok=True)
+    return result
+
+
+def _facts(llm: LLM, job: Job) -> dict[str, Any]:
+    """Provenance: read once, when the run starts."""
+    found = job.found
+    return {
+        "source": source(),
+        "command": job.command,
+        "date": now(),
+        "machine": machine(llm.engine.backend.device),  # type: ignore[attr-defined]
+        "dtype": llm.dtype,
+        **job.weights,
+        "prompts": {
+            "name": portable(found.name),
+            "sha256": found.sha256,
+            "in_file": found.total,
+            "selected": len(job.prompts),
+        },
+    }
+
+
+def _result(llm: LLM, job: Job, facts: Mapping[str, Any], measured: Measured) -> dict[str, Any]:
+    units = known_metrics(groups_of(job.prompts), job.plan.plain)
+    memory = peak_memory_bytes(llm.engine.backend.device)  # type: ignore[attr-defined]
+    drafter = job.weights["drafter"]
+    summary = summarise(measured.records, measured.batches) | {
+        "drafter_bytes": None if drafter is None else drafter["bytes"],
+        "start_seconds": job.start_seconds,
+        "peak_memory_bytes": memory["host"] if memory["gpu"] is None else memory["gpu"],
+    }
+    return {
+        "partial": measured.partial,
+        "summary": summary,
+        "units": units,
+        "shape": asdict(llm.engine.config),
+        "settings": {
+            "temperature": job.plan.params.temperature,
+            "seed": job.plan.params.seed,
+            "max_new_tokens": job.plan.params.max_new_tokens,
+            "batch": job.plan.batch,
+            "repeat": job.plan.repeat,
+            "plain": job.plan.plain,
+        },
+        "memory_bytes": memory,
+        "provenance": dict(facts),
+        "batches": measured.batches,
+        "prompts": measured.records,
+    }

@@ -1,0 +1,167 @@
+"""``redrafter bench``: plain and speculative decoding measured side by side; figures and a page from the result."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from redrafter.bench.measure import Plan
+from redrafter.bench.metrics import known_metrics
+from redrafter.bench.prompts import groups_of, load_prompts, select
+from redrafter.bench.provenance import checkout, command_line, models, source
+from redrafter.bench.report import key_figures, page
+from redrafter.bench.results import FIGURES, check_place, figures_of, parse_figures, read_result, write_figures
+from redrafter.bench.run import Job, result_path, run
+from redrafter.cli import options as opt
+from redrafter.errors import InvalidRequest
+from redrafter.params import SamplingParams
+
+INTERRUPTED = 130
+
+HELP = """Measure speculative against plain decoding on the same engine, prompt by prompt, by turns.
+
+Writes one JSON with its provenance, after every prompt; Ctrl-C keeps what is finished. No prompt and no answer is
+stored.
+
+\b
+Examples:
+  redrafter bench
+  redrafter bench --prompts questions.jsonl --limit 20 --spread --dtype bfloat16
+  redrafter bench --prompts questions.jsonl --no-plain --tree-size 64
+  redrafter bench --figure cpu_speedup=speedup
+  redrafter bench --report benchmarks/results/RESULT.json -o page.html
+"""
+
+
+def register(app: typer.Typer) -> None:
+    app.command("bench", help=HELP)(bench)
+
+
+def bench(
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSONL with prompt, messages or turns; id, category. Default: 12 of ours.", show_default=False
+        ),
+    ] = None,
+    category: Annotated[str, typer.Option(help="Only categories that start with this.")] = "",
+    limit: Annotated[int | None, typer.Option(min=1, help="So many prompts.", show_default=False)] = None,
+    spread: Annotated[bool, typer.Option("--spread", help="With --limit: evenly spaced, not the first.")] = False,
+    model: opt.Model = None,
+    drafter: opt.Drafter = "auto",
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "auto",
+    max_context: opt.MaxContext = None,
+    threads: opt.Threads = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Prompt number i has seed + i.")] = 0,
+    beam_width: opt.BeamWidth = None,
+    branching: opt.Branching = None,
+    draft_length: opt.DraftLength = None,
+    tree_size: opt.TreeSize = None,
+    batch: Annotated[int, typer.Option(min=1, help="Requests at once, each way.")] = 1,
+    repeat: Annotated[int, typer.Option(min=1, help="Times each way; seconds are medians.")] = 1,
+    no_plain: Annotated[bool, typer.Option("--no-plain", help="Speculative only: tokens per step.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of results.")] = Path("benchmarks/results"),
+    name: Annotated[
+        str | None, typer.Option(help="The result's file name. Default: date, model, dtype.", show_default=False)
+    ] = None,
+    figure: Annotated[
+        list[str] | None, typer.Option(help="KEY=METRIC into benchmarks/figures.json; may be repeated.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Run nothing: draw this result, or take figures from it.", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="With --report: the page.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The whole result on stdout.")] = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    if report is not None:
+        _report(report, output, figure or [])
+        return
+    params = SamplingParams(temperature=temperature, seed=seed, max_new_tokens=max_new_tokens)
+    config = opt.decode_config(beam_width, branching, draft_length, tree_size)
+    found = load_prompts(prompts)
+    chosen = select(found, category, limit, spread)
+    wanted = parse_figures(figure or [], known_metrics(groups_of(chosen), not no_plain), not no_plain)
+    planned = result_path(out, name, "model", dtype)
+    if wanted:
+        check_place(planned, _root(), source()["commit"])
+    started = time.perf_counter()
+    llm = opt.load_llm(
+        model, drafter, dtype, device, max_context, config=config, threads=threads, quiet=quiet, max_batch=batch
+    )
+    if not llm.engine.speculative and not quiet:
+        print("no speculation: drafting does not pay here; name a --tree-size to measure it anyway", file=sys.stderr)
+    path = result_path(out, name, llm.model, llm.dtype)
+    job = Job(
+        found=found,
+        prompts=chosen,
+        plan=Plan(params=params, batch=batch, repeat=repeat, plain=not no_plain),
+        weights=_weights(model, drafter),
+        start_seconds=time.perf_counter() - started,
+        command=command_line(sys.argv[1:]),
+    )
+    with opt.progress(quiet) as tell:
+        result = run(llm, job, path, tell)
+    _show(result, path, as_json, quiet)
+    if result["partial"]:
+        raise typer.Exit(INTERRUPTED)
+    if wanted:
+        _record(result, wanted, path)
+
+
+def _record(result: dict[str, Any], wanted: dict[str, str], path: Path) -> None:
+    write_figures(_root(), figures_of(result, wanted, path, _root()))
+    if result["provenance"]["source"]["dirty"]:
+        print("warning: the code differs from the commit that the figures name", file=sys.stderr)
+    print(f"{FIGURES} was written; now run: python docs/figures.py", file=sys.stderr)
+
+
+def _root() -> Path:
+    """Where benchmarks/figures.json is: the checkout, or the current folder for a copy without its history."""
+    return checkout() or Path.cwd()
+
+
+def _weights(model: str | None, drafter: str) -> dict[str, Any]:
+    from redrafter.models import DEFAULT_MODEL, resolve, resolve_drafter
+
+    files = resolve(model or DEFAULT_MODEL)
+    return models(files, resolve_drafter(drafter, files))
+
+
+def _report(path: Path, output: Path | None, figure: Sequence[str]) -> None:
+    result = read_result(path)
+    if output is None and not figure:
+        raise InvalidRequest(f"--report {path} asks for nothing: add -o PAGE.html, or --figure KEY=METRIC")
+    if figure:
+        _record(result, parse_figures(figure, result["units"], result["settings"]["plain"]), path)
+    if output is not None:
+        output.write_text(page(result), encoding="utf-8")
+
+
+def _show(result: dict[str, Any], path: Path, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        print(json.dumps(result, allow_nan=False))
+    elif sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(show_header=False, title="partial" if result["partial"] else None)
+        for row in key_figures(result):
+            table.add_row(*row)
+        Console().print(table)
+    else:
+        print(*(f"{title:<42}{value}" for title, value in key_figures(result)), sep="\n")
+    if not quiet:
+        where = path.with_suffix(".partial.json") if result["partial"] else path
+        print(f"result: {where}", file=sys.stderr)
