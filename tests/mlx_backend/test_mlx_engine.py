@@ -1,0 +1,180 @@
+"""Exactness end to end on MLX: speculative ids equal plain ids, and torch's, whatever drafts and however."""
+# ruff: noqa: E402 - nothing below may be imported where MLX is absent
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+mx = pytest.importorskip("mlx.core", reason="MLX is not installed: pip install 'redrafter[mlx]'")
+pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install 'redrafter[mlx]'")
+
+import numpy as np
+
+from redrafter.algorithm.beam import Reading
+from redrafter.backends.mlx.load import MLXBackend
+from redrafter.engine import Engine
+from redrafter.errors import NonFiniteLogits
+from redrafter.params import PLAIN, DecodeConfig
+from tests.mlx_backend.tiny import FAMILIES, open_backend, open_torch, write_drafter, write_model, write_quantised
+from tests.test_engine import PROMPT, SETTINGS, params
+from tests.tiny import VOCAB, ScriptState, run, run_all
+
+SHAPES = [(1, 1, 1), (1, 1, 6), (2, 3, 2), (8, 8, 8), (64, 4, 8)]
+TARGETS = (*FAMILIES, "quantised")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    made = {family: write_model(root / family, family) for family in FAMILIES}
+    made["quantised"] = write_quantised(root / "quantised", made["llama"])
+    made["drafter"] = write_drafter(root / "drafter")
+    made["reduced"] = write_drafter(root / "reduced", draft_vocabulary=40, trunk_layers=0, cell="gru")
+    return made
+
+
+@pytest.fixture(scope="module")
+def backends(folders: dict[str, Path]) -> dict[str, MLXBackend]:
+    return {name: open_backend(folders[name], folders["drafter"]) for name in TARGETS}
+
+
+class Scripted:
+    """A drafter that knows the answer: ranks it first, or last, or is wrong at every ``wrong_every``-th position."""
+
+    token_ids = None
+
+    def __init__(self, text: list[int], *, adversarial: bool = False, wrong_every: int = 0) -> None:
+        self.text = [*text, *([0] * 64)]
+        self.sign = -1.0 if adversarial else 1.0
+        self.wrong_every = wrong_every
+
+    def allocate(self, rows: int, capacity: int) -> None:
+        """It keeps nothing."""
+
+    def read(self, reading: Reading, row: int = 0) -> None:
+        """It keeps nothing."""
+
+    def begin(self, reading: Reading) -> ScriptState:
+        return ScriptState(None, (reading.first + reading.count + 1)[:, None], 1)
+
+    def extend(self, state: ScriptState, beam_BW: mx.array, token_BW: mx.array) -> ScriptState:
+        return ScriptState(None, state.position + 1, beam_BW.shape[1])
+
+    def logits(self, state: ScriptState) -> mx.array:
+        position = int(state.position[0, 0].item())
+        token = self.text[min(position, len(self.text) - 1)]
+        if self.wrong_every and position % self.wrong_every == 0:
+            token = (token + 1) % VOCAB
+        noise = np.random.default_rng(position).standard_normal(VOCAB).astype(np.float32)
+        noise[token] += 12.0 * self.sign
+        return mx.broadcast_to(mx.array(noise), (1, state.width, VOCAB))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", TARGETS)
+def test_speculative_ids_are_plain_ids(backends: dict[str, MLXBackend], name: str, setting: str) -> None:
+    backend = backends[name]
+    plain, _ = run(Engine(backend, PLAIN), PROMPT, params(setting))
+    assert len(plain) == 40
+    shape = DecodeConfig(beam_width=4, branching=4, draft_length=4, tree_size=12)
+    ids, statistics = run(Engine(backend, shape), PROMPT, params(setting))
+    assert ids == plain and statistics.drafted_steps > 0
+
+
+@pytest.mark.parametrize("setting", ["greedy", "all"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_shape_with_random_ideal_and_adversarial_drafters(
+    backends: dict[str, MLXBackend], shape: tuple[int, int, int], setting: str
+) -> None:
+    backend = backends["llama"]
+    asked = params(setting, max_new_tokens=20)
+    plain, _ = run(Engine(backend, PLAIN), PROMPT, asked)
+    random, text = backend.drafter, PROMPT + plain
+    width, branching, length = shape
+    try:
+        for size in {(1, 1, 1): (2,), (8, 8, 8): (3, 64)}.get(shape, (12,)):
+            config = DecodeConfig(beam_width=width, branching=branching, draft_length=length, tree_size=size)
+            for drafter in (random, Scripted(text), Scripted(text, adversarial=True), Scripted(text, wrong_every=3)):
+                backend.drafter = drafter
+                assert run(Engine(backend, config), PROMPT, asked)[0] == plain, (size, type(drafter))
+    finally:
+        backend.drafter = random
+
+
+def test_an_ideal_drafter_is_believed(backends: dict[str, MLXBackend]) -> None:
+    """Without this the equality above could hold because nothing is ever accepted."""
+    backend = backends["qwen3"]
+    plain, _ = run(Engine(backend, PLAIN), PROMPT, params("greedy"))
+    random = backend.drafter
+    try:
+        backend.drafter = Scripted(PROMPT + plain)
+        shape = DecodeConfig(beam_width=2, branching=2, draft_length=4, tree_size=8)
+        ids, statistics = run(Engine(backend, shape), PROMPT, params("greedy"))
+    finally:
+        backend.drafter = random
+    assert ids == plain and statistics.tokens_per_step == 5.0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_same_seed_is_the_same_text_on_torch(folders: dict[str, Path], name: str) -> None:
+    """The drafts too: the same tokens per step means that both drafters proposed alike."""
+    ours = open_backend(folders[name], folders["drafter"])
+    theirs = open_torch(folders[name], folders["drafter"])
+    shape = DecodeConfig(beam_width=4, branching=4, draft_length=4, tree_size=12)
+    for setting in SETTINGS:
+        asked = params(setting, max_new_tokens=24)
+        mine, other = (run(Engine(b, shape), PROMPT, asked) for b in (ours, theirs))
+        assert mine[0] == other[0], setting
+        assert mine[1].accepted_at_depth == other[1].accepted_at_depth, setting
+        assert mine[1].unmerged_tokens == other[1].unmerged_tokens, setting
+
+
+@pytest.mark.parametrize("drafter", ["drafter", "reduced"])
+def test_a_ragged_batch_gives_each_request_its_own_answer(folders: dict[str, Path], drafter: str) -> None:
+    """Different lengths, settings and ends; more requests than rows, so rows are freed, moved and taken again."""
+    backend = open_backend(folders["llama"], folders[drafter])
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(3, VOCAB, 1 + 7 * i % 40).tolist() for i in range(2 * len(SETTINGS))]
+    settings = [params(name, max_new_tokens=3 + 5 * i % 31) for i, name in enumerate([*SETTINGS, *SETTINGS])]
+    shape = DecodeConfig(tree_size=20, beam_width=4, draft_length=5)
+    together = run_all(Engine(backend, shape, max_batch=5), prompts, settings)
+    for prompt, p, (ids, _) in zip(prompts, settings, together, strict=True):
+        assert ids == run(Engine(backend, PLAIN), prompt, p)[0]
+
+
+@pytest.mark.parametrize("count", [1, 7, 40])
+def test_a_part_of_the_draft_vocabulary(folders: dict[str, Path], count: int) -> None:
+    from redrafter.backends.mlx.drafter import load_drafter
+    from tests.mlx_backend.tiny import open_target
+
+    target = open_target(folders["quantised"])
+    backend = MLXBackend(target, load_drafter(folders["reduced"]), 200, [], vocabulary=count)
+    assert backend.drafter is not None and backend.drafter.token_ids.shape == (count,)
+    plain, _ = run(Engine(backend, PLAIN), PROMPT, params("sampled"))
+    assert run(Engine(backend, DecodeConfig(tree_size=12)), PROMPT, params("sampled"))[0] == plain
+
+
+def test_nan_logits_end_a_request(backends: dict[str, MLXBackend]) -> None:
+    backend = backends["llama"]
+    verify = backend.target.verify
+    backend.target.verify = lambda tree, lengths: (verify(tree, lengths)[0] * float("nan"), verify(tree, lengths)[1])
+    try:
+        engine = Engine(backend, DecodeConfig(tree_size=8))
+        engine.add("bad", PROMPT, params("greedy"))
+        events = engine.step()
+    finally:
+        backend.target.verify = verify
+    assert [type(event.error) for event in events] == [NonFiniteLogits]
+
+
+def test_the_backend_imports_no_torch() -> None:
+    """Its own modules; transformers may bring torch when a model's configuration is read."""
+    names = ("drafter", "drafting", "kv_cache", "load", "ops", "target")
+    code = "import sys\n" + "\n".join(f"import redrafter.backends.mlx.{name}" for name in names)
+    code += "\nassert 'torch' not in sys.modules, 'torch'\nassert 'mlx.core' in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
