@@ -1,0 +1,1 @@
+"""The algorithm on MLX: Apple silicon first; Linux through ``mlx[cpu]`` or ``mlx[cuda13]``. Imports no torch."""

@@ -1,0 +1,95 @@
+"""Keys and values of every row in static slots: token at position p of a row lies in slot p of that row.
+
+MLX arrays are values: a write makes a new array, which takes over the old one's memory as long as nobody else holds
+it. So each layer has an array of its own, and a slice that attention reads is never kept.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from redrafter.errors import OutOfMemory
+
+
+class KVCache:
+    """One array per layer, [rows, 2 H, slots, d]: H key heads, then H value heads, so that a layer needs one write.
+
+    ``place`` says where the next forward's tokens go; every layer's ``update`` then writes there and returns the slots
+    in use. Rows past the running ones and slots past ``limit`` are not looked at.
+    """
+
+    def __init__(self, layers: int, heads: int, head_width: int, dtype: mx.Dtype) -> None:
+        self.heads, self.head_width = heads, head_width
+        self._dtype = dtype
+        self.layers = [mx.zeros((0, 2 * heads, 0, head_width), dtype=dtype) for _ in range(layers)]
+        self._rows = slice(0, 0)
+        self._row_B1 = mx.zeros((0, 1), dtype=mx.int64)
+        self._slot_BN = self._row_B1
+        self._limit = 0
+
+    @property
+    def rows(self) -> int:
+        return self.layers[0].shape[0]
+
+    @property
+    def slots(self) -> int:
+        return self.layers[0].shape[2]
+
+    def bytes_for(self, rows: int, slots: int) -> int:
+        return 2 * len(self.layers) * rows * self.heads * slots * self.head_width * self._dtype.size
+
+    def reserve(self, rows: int, slots: int) -> None:
+        """At least so many rows and slots, with what is stored kept. Raises OutOfMemory before anything is lost."""
+        rows, slots = max(rows, self.rows), max(slots, self.slots)
+        more_rows, more_slots = rows - self.rows, slots - self.slots
+        if not more_rows and not more_slots:
+            return
+        need, free = self.bytes_for(rows, slots), free_bytes()
+        if need > free:
+            raise OutOfMemory(
+                f"the key/value cache needs {need / 2**20:,.0f} MiB for {rows} rows of {slots} tokens, and "
+                f"{free / 2**20:,.0f} MiB are free: lower max_context or max_batch"
+            )
+        self.layers = [mx.pad(x, [(0, more_rows), (0, 0), (0, more_slots), (0, 0)]) for x in self.layers]
+        mx.eval(self.layers)
+
+    def place(self, first_row: int, slot_BN: mx.array, limit: int) -> None:
+        """The next forward is of B rows from ``first_row``; token i of row b goes to ``slot_BN[b, i]``; attention
+        looks at the first ``limit`` slots."""
+        rows = slot_BN.shape[0]
+        self._rows = slice(first_row, first_row + rows)
+        self._row_B1 = mx.arange(first_row, first_row + rows)[:, None]
+        self._slot_BN = slot_BN
+        self._limit = limit
+
+    def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Store [B, N, H, d]; all keys and values to look at, [B, H, limit, d]."""
+        cache = self.layers[layer]
+        cache[self._row_B1, :, self._slot_BN] = mx.concatenate([keys, values], axis=2).astype(self._dtype)
+        seen = cache[self._rows, :, : self._limit]
+        return seen[:, : self.heads], seen[:, self.heads :]
+
+    def move_slots(self, source_BD: mx.array, to_BD: mx.array) -> None:
+        """Slot ``to[b, d]`` becomes what slot ``source[b, d]`` was, in every layer; reads all before it writes any."""
+        row_B1 = mx.arange(source_BD.shape[0])[:, None]
+        for cache in self.layers:
+            cache[row_B1, :, to_BD] = cache[row_B1, :, source_BD]
+
+    def move_row(self, source: int, to: int) -> None:
+        """Row ``to`` becomes what row ``source`` was."""
+        for cache in self.layers:
+            cache[to] = cache[source]
+
+
+def free_bytes() -> int:
+    """Memory that can still be allocated: on a GPU what its driver recommends, on a CPU what the system has free;
+    where neither says, more than anyone has."""
+    if mx.default_device() == mx.gpu:
+        info = mx.device_info()
+        total = int(info.get("max_recommended_working_set_size") or info.get("total_memory") or 2**60)
+        return total - mx.get_active_memory()
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 2**60

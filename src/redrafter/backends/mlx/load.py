@@ -1,0 +1,230 @@
+"""From files to a running engine's backend: weights, cache, drafter, and the settings of a batch as MLX arrays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from redrafter.algorithm.beam import Reading
+from redrafter.algorithm.noise import key_of
+from redrafter.algorithm.sampling import Penalties, Sampling
+from redrafter.backends.mlx.drafter import Drafter
+from redrafter.backends.mlx.drafting import MLXDrafter
+from redrafter.backends.mlx.ops import MLXOps
+from redrafter.backends.mlx.target import PREFILL_CHUNK, MLXTarget
+from redrafter.errors import CorruptModel, InvalidRequest, UnsupportedModel
+from redrafter.params import MAX_TREE
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+GROWTH = 256
+"""Slots by which the cache grows."""
+
+
+def use_device(name: str) -> None:
+    """auto: the GPU if MLX has one, else the CPU. MLX computes everything on its default device, which this sets."""
+    if name not in ("auto", "cpu", "gpu"):
+        raise InvalidRequest(f"device={name!r} is unknown to --backend mlx: use auto, cpu or gpu")
+    has_gpu = mx.is_available(mx.gpu)
+    if name == "gpu" and not has_gpu:
+        raise InvalidRequest("device='gpu': this build of MLX sees no GPU; use --device cpu")
+    mx.set_default_device(mx.gpu if has_gpu and name != "cpu" else mx.cpu)
+
+
+def load_target(folder: Path, config: dict[str, Any], dtype: str, feature_layers: Sequence[int] = ()) -> MLXTarget:
+    """A target from a folder that mlx-lm can load, its own quantised checkpoints included.
+
+    dtype auto: float32 on the CPU, else the type the weights are stored in. Quantised weights stay what they are.
+    """
+    from mlx_lm.utils import load_model
+
+    if dtype != "auto" and dtype not in DTYPES:
+        raise InvalidRequest(f"dtype={dtype!r} is unknown: use auto, {', '.join(DTYPES)}")
+    try:
+        model, _ = load_model(folder, lazy=True, model_config=as_mlx_lm_reads(config))
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "not supported" in reason:
+            raise UnsupportedModel(f"{folder}: mlx-lm does not know it ({reason}); use --backend torch") from error
+        raise CorruptModel(f"{folder}: mlx-lm cannot load it ({reason}); fetch the model again") from error
+    if dtype == "auto" and mx.default_device() == mx.cpu:
+        dtype = "float32"
+    if dtype != "auto":
+        model.set_dtype(DTYPES[dtype])
+    target = MLXTarget(model, feature_layers)
+    mx.eval(model.parameters())
+    return target
+
+
+def as_mlx_lm_reads(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings under the names that mlx-lm's models read.
+
+    transformers 5 writes rope_theta and the rotary scaling inside rope_parameters, which mlx-lm's Llama and Qwen 2 do
+    not open: they would rotate by their default base without a word. Defaults that a file leaves out come from
+    transformers too, since mlx-lm ties word embeddings where transformers does not.
+    """
+    from transformers import CONFIG_MAPPING
+
+    plain = without_quantisation(config)
+    parsed = CONFIG_MAPPING[config["model_type"]].from_dict(plain)
+    rope = dict(getattr(parsed, "rope_parameters", None) or {})
+    scaled = rope.get("rope_type", "default") != "default"
+    settings = {
+        "rope_theta": rope.get("rope_theta"),
+        "rope_scaling": rope if scaled else None,
+        "rope_parameters": rope,
+        "tie_word_embeddings": parsed.tie_word_embeddings,
+        "num_key_value_heads": getattr(parsed, "num_key_value_heads", None),
+        "max_position_embeddings": parsed.max_position_embeddings,
+    }
+    return {name: value for name, value in settings.items() if value is not None or name == "rope_scaling"}
+
+
+def without_quantisation(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the model that mlx-lm quantised: what it wrote about that is its own, and it reads it."""
+    if "quantization" not in config:
+        return config
+    return {k: v for k, v in config.items() if k not in ("quantization", "quantization_config")}
+
+
+class MLXBackend:
+    """What the engine asks for (``engine.Backend``), on MLX."""
+
+    def __init__(
+        self,
+        target: MLXTarget,
+        drafter: tuple[Drafter, mx.array | None] | None,
+        context_limit: int,
+        eos_ids: Iterable[int],
+        vocabulary: int = 0,
+    ) -> None:
+        self.ops = MLXOps()
+        self.target = target
+        self.context_limit = context_limit
+        self.eos_ids = frozenset(eos_ids)
+        self.drafter = None if drafter is None else bind(target, *drafter, vocabulary)
+
+    def reserve(self, rows: int, tokens: int) -> None:
+        """The caches grow with use, by GROWTH slots or to twice their size."""
+        cache = self.target.cache
+        if rows <= cache.rows and tokens <= cache.slots:
+            return
+        whole = self.context_limit + MAX_TREE
+        grown = max(-(-tokens // GROWTH) * GROWTH, min(2 * cache.slots, whole))
+        cache.reserve(rows, grown if tokens > cache.slots else cache.slots)
+        if self.drafter is not None:
+            self.drafter.allocate(cache.rows, cache.slots)
+
+    def prefill(self, row: int, token_ids: Sequence[int]) -> mx.array:
+        ids = self.array(list(token_ids))
+        last = mx.zeros(self.target.feature_size, dtype=self.target.mlx_dtype)
+        for start in range(0, len(token_ids), PREFILL_CHUNK):
+            chunk = ids[start : start + PREFILL_CHUNK]
+            features_TF = self.target.prefill(row, chunk, start)
+            # The pair of the chunk's last token needs the token after it: it opens the next reading.
+            if self.drafter is not None:
+                features = mx.concatenate([last[None], features_TF[:-1]]) if start else features_TF[:-1]
+                tokens = ids[max(start, 1) : start + chunk.shape[0]]
+                if tokens.shape[0]:
+                    first, count = self.array([max(start - 1, 0)]), self.array([tokens.shape[0]])
+                    self.drafter.read(Reading(features[None], tokens[None], first, count), row)
+            last = features_TF[-1]
+        return last
+
+    def move_row(self, source: int, to: int) -> None:
+        self.target.cache.move_row(source, to)
+        if self.drafter is not None:
+            self.drafter.move_row(source, to)
+
+    def array(self, values: Any) -> mx.array:
+        return mx.array(values, dtype=mx.int64)
+
+    def host(self, array: mx.array) -> Any:
+        return array.tolist()
+
+    def synchronize(self) -> None:
+        mx.synchronize()
+
+    def sampling(self, requests: Sequence[Any]) -> Sampling:
+        """Arrays of the requests' SamplingParams (``engine.SamplingHistory``)."""
+        params = [r.params for r in requests]
+        vocab = self.target.vocab_size
+        inverse = _column([1 / p.temperature if p.temperature > 0 else 0.0 for p in params], 0.0)
+        top_k = [min(p.top_k or vocab, vocab) for p in params]
+        # A greedy row's temperature is 1 in the cuts below, which never remove its largest score.
+        return Sampling(
+            inverse_temperature=inverse,
+            key=None if inverse is None else self.array([key_of(p.seed) for p in params]),
+            top_k=None if all(k == vocab for k in top_k) else self.array(top_k),
+            top_p=_column([p.top_p for p in params], 1.0),
+            log_min_p=_column([math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params], -math.inf),
+            bias=self._bias(params),
+            penalties=self._penalties(requests),
+        )
+
+    def _bias(self, params: Sequence[Any]) -> mx.array | None:
+        if not any(p.logit_bias for p in params):
+            return None
+        bias = mx.zeros((len(params), self.target.vocab_size))
+        for row, p in enumerate(params):
+            for token, value in p.logit_bias.items():
+                bias[row, token] = value
+        return bias
+
+    def _penalties(self, requests: Sequence[Any]) -> Penalties | None:
+        names = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+        values = {name: [getattr(r.params, name) for r in requests] for name in names}
+        if all(v == off for name, off in names.items() for v in values[name]):
+            return None
+
+        def counts(name: str) -> mx.array:
+            rows = []
+            for request in requests:
+                ids = self.array(list(getattr(request, name)))[None]
+                ones = mx.ones((1, 1, ids.shape[1]))
+                rows.append(self.ops.count_tokens(ids, ones, self.target.vocab_size)[:, 0])
+            return mx.concatenate(rows)
+
+        settings = [mx.array(values[name], dtype=mx.float32) for name in names]
+        return Penalties(*settings, counts("prompt_ids"), counts("answer_ids"))
+
+
+def _column(values: list[float], off: float) -> mx.array | None:
+    """[B] float32, or None where no row uses the setting."""
+    return None if all(v == off for v in values) else mx.array(values, dtype=mx.float32)
+
+
+def bind(target: MLXTarget, drafter: Drafter, token_ids: mx.array | None, vocabulary: int = 0) -> MLXDrafter:
+    """A drafter at work on this target: cast, with the target's own embedding and, if tied, its head.
+
+    ``vocabulary``: how many of its own draft tokens, most frequent first, it may propose; 0 for all.
+    """
+    drafter.set_dtype(target.mlx_dtype)
+    drafter.eval()
+    if token_ids is not None and vocabulary:
+        token_ids = token_ids[:vocabulary]
+    if drafter.config.head == "own":
+        rows = None if token_ids is None else mx.arange(token_ids.shape[0])
+        head = head_of(drafter.head, rows)
+    else:
+        head = head_of(target.head, token_ids)
+    mx.eval(drafter.parameters())
+    return MLXDrafter(drafter, target.embed, head, token_ids)
+
+
+def head_of(module: nn.Module, rows: mx.array | None) -> Callable[[mx.array], mx.array]:
+    """x [..., in] -> scores of these rows of a linear or embedding, quantised or not; None: of all rows."""
+    if rows is None:
+        return module.as_linear if hasattr(module, "as_linear") else module
+    if "scales" in module:
+        parts = {name: module[name][rows] for name in ("weight", "scales", "biases") if module.get(name) is not None}
+        mx.eval(parts)
+        weight, scales, biases = parts["weight"], parts["scales"], parts.get("biases")
+        how = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+        return lambda x: mx.quantized_matmul(x, weight, scales, biases, transpose=True, **how)
+    transposed = module["weight"][rows].T
+    return lambda x: x @ transposed

@@ -1,0 +1,97 @@
+"""The algorithm's array functions on MLX arrays (see ``algorithm/ops.py`` for what each promises).
+
+MLX counts in int32 and uint32 where torch counts in int64: indices and sums are cast. ``like`` names a device in
+torch; MLX arrays have none, the default device computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+_DTYPE = {bool: mx.bool_, int: mx.int64, float: mx.float32}
+CHUNK = 128
+"""Scores per chunk of a long axis in ``top_k``."""
+
+
+class MLXOps:
+    def arange(self, n: int, like: mx.array) -> mx.array:
+        return mx.arange(n, dtype=mx.int64)
+
+    def full(self, shape: Sequence[int], value: float | int | bool, like: mx.array) -> mx.array:
+        return mx.full(tuple(shape), value, dtype=_DTYPE[type(value)])
+
+    def int32(self, x: mx.array) -> mx.array:
+        return x.astype(mx.int32)
+
+    def float32(self, x: mx.array) -> mx.array:
+        return x.astype(mx.float32)
+
+    def where(self, condition: mx.array, a: mx.array | float | int, b: mx.array | float | int) -> mx.array:
+        return mx.where(condition, a, b)
+
+    def concat(self, arrays: Sequence[mx.array], axis: int) -> mx.array:
+        return mx.concatenate(list(arrays), axis=axis)
+
+    def stack(self, arrays: Sequence[mx.array], axis: int) -> mx.array:
+        return mx.stack(list(arrays), axis=axis)
+
+    def take_along(self, x: mx.array, index: mx.array, axis: int) -> mx.array:
+        return mx.take_along_axis(x, index, axis=axis)
+
+    def top_k(self, x: mx.array, k: int) -> tuple[mx.array, mx.array]:
+        """Equal values by rising index. A long axis is searched in two stages, since a sort of a whole vocabulary for
+        every beam costs more than the drafter: the k largest lie in the k chunks whose largest are largest."""
+        chunks = x.shape[-1] // CHUNK
+        if chunks < 4 * k:
+            index = self.argsort_descending(x)[..., :k]
+            return mx.take_along_axis(x, index, axis=-1), index
+        rest = -x.shape[-1] % CHUNK
+        if rest:
+            x = mx.concatenate([x, mx.full((*x.shape[:-1], rest), -mx.inf, dtype=x.dtype)], axis=-1)
+        parts = x.reshape(*x.shape[:-1], -1, CHUNK)
+        best = mx.sort(self.argsort_descending(parts.max(axis=-1))[..., :k], axis=-1)
+        index = (best[..., None] * CHUNK + mx.arange(CHUNK, dtype=mx.int64)).reshape(*x.shape[:-1], k * CHUNK)
+        candidates = mx.take_along_axis(parts, best[..., None], axis=-2).reshape(*x.shape[:-1], k * CHUNK)
+        order = self.argsort_descending(candidates)[..., :k]
+        return mx.take_along_axis(candidates, order, axis=-1), mx.take_along_axis(index, order, axis=-1)
+
+    def argsort_descending(self, x: mx.array) -> mx.array:
+        return mx.argsort(-x, axis=-1).astype(mx.int64)
+
+    def argmax(self, x: mx.array) -> mx.array:
+        return mx.argmax(x, axis=-1).astype(mx.int64)
+
+    def amax(self, x: mx.array) -> mx.array:
+        return mx.max(x, axis=-1, keepdims=True)
+
+    def sum(self, x: mx.array) -> mx.array:
+        return mx.sum(x if mx.issubdtype(x.dtype, mx.floating) else x.astype(mx.int64), axis=-1)
+
+    def cumsum(self, x: mx.array) -> mx.array:
+        return mx.cumsum(x, axis=-1)
+
+    def sort_descending(self, x: mx.array) -> mx.array:
+        return -mx.sort(-x, axis=-1)
+
+    def logsumexp(self, x: mx.array) -> mx.array:
+        return mx.logsumexp(x, axis=-1, keepdims=True)
+
+    def softmax(self, x: mx.array) -> mx.array:
+        return mx.softmax(x, axis=-1, precise=True)
+
+    def log(self, x: mx.array) -> mx.array:
+        return mx.log(x)
+
+    def log1p(self, x: mx.array) -> mx.array:
+        return mx.log1p(x)
+
+    def one_hot(self, index: mx.array, size: int) -> mx.array:
+        return index[..., None] == mx.arange(size, dtype=mx.int64)
+
+    def count_tokens(self, index: mx.array, weight: mx.array, size: int) -> mx.array:
+        rows, nodes, _ = weight.shape
+        out = mx.zeros((rows, nodes, size), dtype=mx.float32)
+        row, node = mx.arange(rows)[:, None, None], mx.arange(nodes)[None, :, None]
+        return out.at[row, node, index[:, None, :]].add(weight)

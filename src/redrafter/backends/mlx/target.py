@@ -1,0 +1,154 @@
+"""A model loaded by mlx-lm as a target: its projections, norms, MLPs and rotary modules, our attention and cache.
+
+mlx-lm's own forward takes one offset for a whole sequence and a mask from its cache; a tree's nodes need a position
+each and a mask of their own, so the layers are walked here. Linears are called as they are, quantised or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from redrafter.algorithm.accept import Accepted
+from redrafter.algorithm.tree import TokenTree
+from redrafter.backends.mlx.kv_cache import KVCache
+from redrafter.errors import UnsupportedModel
+
+PREFILL_CHUNK = 256
+"""Prompt tokens per forward: enough rows to be compute-bound, little enough memory for the scores."""
+SLOT_STEP = 64
+"""Attention looks at a multiple of so many slots, so that its shapes repeat."""
+FAMILIES = ("mlx_lm.models.llama", "mlx_lm.models.qwen2", "mlx_lm.models.qwen3")
+"""Modules of mlx-lm whose layers are the ones walked here (Mistral models are its Llama)."""
+ROTARY = ("RoPE", "Llama3RoPE", "YarnRoPE")
+"""Rotary modules whose frequencies do not depend on how long the text is."""
+
+
+class MLXTarget:
+    """``prefill``, ``verify``, ``commit`` (algorithm/step.py) over a model of mlx-lm.
+
+    ``feature_layers``: layers whose output is kept beside the last hidden state after the final norm; features are
+    [last ; layer ; layer ..].
+    """
+
+    def __init__(self, model: Any, feature_layers: Sequence[int] = ()) -> None:
+        check_architecture(model)
+        self.model = model
+        self.feature_layers = tuple(feature_layers)
+        self.vocab_size: int = model.args.vocab_size
+        self.hidden_size: int = model.args.hidden_size
+        layers = model.model.layers
+        for index in self.feature_layers:
+            if not 0 <= index < len(layers):
+                raise UnsupportedModel(
+                    f"feature layer {index} does not exist: the target has layers 0 to {len(layers) - 1}"
+                )
+        self.mlx_dtype: mx.Dtype = model.model.norm.weight.dtype
+        attention = layers[0].self_attn
+        width = getattr(model.args, "head_dim", None) or self.hidden_size // attention.n_heads
+        self.cache = KVCache(len(layers), attention.n_kv_heads, width, self.mlx_dtype)
+
+    @property
+    def dtype(self) -> str:
+        return str(self.mlx_dtype).rpartition(".")[2]
+
+    @property
+    def feature_size(self) -> int:
+        return self.hidden_size * (1 + len(self.feature_layers))
+
+    @property
+    def head(self) -> nn.Module:
+        """The output projection, or the embedding that stands in for it (``as_linear``)."""
+        return self.model.model.embed_tokens if self.model.args.tie_word_embeddings else self.model.lm_head
+
+    def embed(self, token_ids: mx.array) -> mx.array:
+        return self.model.model.embed_tokens(token_ids)
+
+    def prefill(self, row: int, token_ids: mx.array, start: int) -> mx.array:
+        """Read ``token_ids`` [T] of one row at positions start.. into the cache: features [T, F]."""
+        limit = start + token_ids.shape[0]
+        position_1T = mx.arange(start, limit, dtype=mx.int64)[None]
+        self.cache.place(row, position_1T, limit)
+        visible = mx.arange(limit, dtype=mx.int64)[None, None, :] <= position_1T[:, :, None]
+        features = self._forward(token_ids[None], position_1T, visible)[0]
+        mx.eval(features, self.cache.layers)
+        return features
+
+    def verify(self, tree: TokenTree, lengths_B: mx.array) -> tuple[mx.array, mx.array]:
+        nodes = tree.tokens.shape[1]
+        # The drafter starts to work while the forward is being written down. The lengths are not waited for: they
+        # follow from the last step's outcome, which the engine has read.
+        mx.async_eval(tree.tokens, tree.mask)
+        limit = min(self.cache.slots, -(-(int(lengths_B.max().item()) + nodes) // SLOT_STEP) * SLOT_STEP)
+        self.cache.place(0, lengths_B[:, None] + mx.arange(nodes, dtype=mx.int64), limit)
+        # Slot s holds a committed token, or node s - length of this tree, or nothing yet.
+        node_BS = mx.arange(limit, dtype=mx.int64) - lengths_B[:, None]
+        in_tree_BS = (node_BS >= 0) & (node_BS < nodes)
+        index = mx.broadcast_to(mx.clip(node_BS, 0, nodes - 1)[:, None, :], (lengths_B.shape[0], nodes, limit))
+        in_tree_BNS = mx.take_along_axis(tree.mask, index, axis=2) & in_tree_BS[:, None, :]
+        visible_BNS = (node_BS < 0)[:, None, :] | in_tree_BNS
+        features = self._forward(tree.tokens, lengths_B[:, None] + tree.depth, visible_BNS)
+        return self._logits(features[..., : self.hidden_size]).astype(mx.float32), features
+
+    def commit(self, lengths_B: mx.array, accepted: Accepted) -> None:
+        depth_D = mx.arange(accepted.path.shape[1], dtype=mx.int64)
+        if depth_D.shape[0] > 1:  # the root already lies where it belongs
+            self.cache.move_slots(lengths_B[:, None] + accepted.path, lengths_B[:, None] + depth_D)
+        mx.async_eval(accepted.tokens, accepted.length, accepted.finite, self.cache.layers)
+
+    def _logits(self, hidden: mx.array) -> mx.array:
+        return self.head.as_linear(hidden) if self.model.args.tie_word_embeddings else self.head(hidden)
+
+    def _forward(self, ids_BN: mx.array, position_BN: mx.array, visible_BNS: mx.array) -> mx.array:
+        """Features [B, N, F] of the tokens, whose keys and values go where the cache was told."""
+        body = self.model.model
+        offset = position_BN.reshape(-1).astype(mx.int32)
+        mask = visible_BNS[:, None]
+        x = body.embed_tokens(ids_BN)
+        kept = []
+        for index, layer in enumerate(body.layers):
+            x = x + self._attend(index, layer.self_attn, layer.input_layernorm(x), offset, mask)
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            if index in self.feature_layers:
+                kept.append((index, x))
+        parts = [body.norm(x), *(dict(kept)[index] for index in self.feature_layers)]
+        return mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+
+    def _attend(self, index: int, attention: Any, x: mx.array, offset: mx.array, mask: mx.array) -> mx.array:
+        rows, nodes, _ = x.shape
+
+        def heads(y: mx.array, count: int, norm: str, rotated: bool = True) -> mx.array:
+            """[B, N, H d] -> [B, N, H, d]. The rotary module takes one offset per batch row: nodes go on that axis."""
+            y = y.reshape(rows * nodes, count, 1, -1)
+            if norm in attention:
+                y = attention[norm](y)
+            return (attention.rope(y, offset=offset) if rotated else y).reshape(rows, nodes, count, -1)
+
+        q = heads(attention.q_proj(x), attention.n_heads, "q_norm")
+        k = heads(attention.k_proj(x), attention.n_kv_heads, "k_norm")
+        v = heads(attention.v_proj(x), attention.n_kv_heads, "", rotated=False)
+        keys, values = self.cache.update(index, k, v)
+        y = mx.fast.scaled_dot_product_attention(
+            q.transpose(0, 2, 1, 3), keys, values, scale=attention.scale, mask=mask
+        )
+        return attention.o_proj(y.transpose(0, 2, 1, 3).reshape(rows, nodes, -1))
+
+
+def check_architecture(model: Any) -> None:
+    """Refuse by name what the walk above would compute wrongly."""
+    kind = getattr(getattr(model, "args", None), "model_type", type(model).__name__)
+    if type(model).__module__ not in FAMILIES:
+        known = ", ".join(name.rpartition(".")[2] for name in FAMILIES)
+        raise UnsupportedModel(
+            f"model_type {kind!r} is {type(model).__module__} of mlx-lm, and --backend mlx walks the layers of {known} "
+            "(mistral is its llama): use --backend torch"
+        )
+    rotary = type(model.model.layers[0].self_attn.rope).__name__
+    if rotary not in ROTARY:
+        raise UnsupportedModel(
+            f"{kind} has rotary positions of mlx-lm's {rotary}, whose frequencies change with the length of the text; "
+            f"--backend mlx takes {', '.join(ROTARY)}: use --backend torch"
+        )
