@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
+import platform
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from redrafter.backends.torch.checkpoint import load_drafter, read_metadata
-from redrafter.backends.torch.load import TorchBackend, load_target, pick_device, pick_dtype
-from redrafter.engine import Engine
+from redrafter.drafter_files import read_config
+from redrafter.engine import Backend, Engine
+from redrafter.errors import InvalidRequest
 from redrafter.models import ModelFiles, check_supported
 from redrafter.params import MAX_TREE, PLAIN, DecodeConfig, from_mapping
 from redrafter.shape import Candidate, pick_shape
+
+BACKENDS = ("auto", "torch", "mlx")
 
 
 def load(
     files: ModelFiles,
     drafter: Path | None,
     *,
+    backend: str = "auto",
     dtype: str = "auto",
     device: str = "auto",
     max_context: int | None = None,
@@ -29,9 +33,50 @@ def load(
 ) -> Engine:
     """An engine over the files of a model and of its drafter. Without ``config`` the beam shape is picked by timing
     the shapes whose tokens per step the drafter's metadata names (``shape.py``)."""
-    context_limit = check_supported(files.config, max_context)
+    chosen = pick_backend(backend)
     if threads is not None:
-        torch.set_num_threads(threads)
+        _set_threads(chosen, threads)
+    if chosen == "mlx":
+        opened = _open_mlx(files, drafter, dtype, device, max_context)
+    else:
+        opened = _open_torch(files, drafter, dtype, device, max_context, max_batch)
+    if config is None and drafter is not None:
+        candidates = known_shapes(read_config(drafter).get("metadata") or {})
+        config = pick_shape(opened, candidates)[0].config if candidates else DecodeConfig()
+    return Engine(opened, config or PLAIN, max_batch)
+
+
+def pick_backend(name: str) -> str:
+    """auto: mlx on a Mac with Apple silicon if it is installed, torch elsewhere."""
+    if name not in BACKENDS:
+        raise InvalidRequest(f"backend={name!r} is unknown: use one of {', '.join(BACKENDS)}")
+    # ``mlx`` alone may be an empty namespace: what is imported is asked for.
+    missing = [package for package in ("mlx", "mlx_lm") if not find_spec(package)]
+    if not missing and not find_spec("mlx.core"):
+        missing = ["mlx"]
+    if name == "auto":
+        apple = sys.platform == "darwin" and platform.machine() == "arm64"
+        return "mlx" if apple and not missing else "torch"
+    if name == "mlx" and missing:
+        raise InvalidRequest(f"backend='mlx': {', '.join(missing)} cannot be imported; pip install 'redrafter[mlx]'")
+    return name
+
+
+def _set_threads(backend: str, threads: int) -> None:
+    if backend == "mlx":
+        raise InvalidRequest(f"threads={threads}: MLX chooses its threads itself; leave it out with --backend mlx")
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _open_torch(
+    files: ModelFiles, drafter: Path | None, dtype: str, device: str, max_context: int | None, max_batch: int
+) -> Backend:
+    from redrafter.backends.torch.checkpoint import load_drafter
+    from redrafter.backends.torch.load import TorchBackend, load_target, pick_device, pick_dtype
+
+    context_limit = check_supported(files.config, max_context)
     where = pick_device(device)
     number = pick_dtype(dtype, where)
     weights = None if drafter is None else load_drafter(drafter)
@@ -40,10 +85,19 @@ def load(
     backend = TorchBackend(target, weights, context_limit, eos_ids(files.path))
     if where.type != "cpu":
         backend.reserve(max_batch, context_limit + MAX_TREE)
-    if config is None and drafter is not None:
-        candidates = known_shapes(read_metadata(drafter))
-        config = pick_shape(backend, candidates)[0].config if candidates else DecodeConfig()
-    return Engine(backend, config or PLAIN, max_batch)
+    return backend
+
+
+def _open_mlx(files: ModelFiles, drafter: Path | None, dtype: str, device: str, max_context: int | None) -> Backend:
+    from redrafter.backends.mlx.drafter import load_drafter
+    from redrafter.backends.mlx.load import MLXBackend, load_target, use_device, without_quantisation
+
+    context_limit = check_supported(without_quantisation(files.config), max_context)
+    use_device(device)
+    weights = None if drafter is None else load_drafter(drafter)
+    layers = () if weights is None else weights[0].config.feature_layers
+    target = load_target(files.path, files.config, dtype, layers)
+    return MLXBackend(target, weights, context_limit, eos_ids(files.path))
 
 
 def eos_ids(folder: Path) -> set[int]:

@@ -26,17 +26,29 @@ def exact_attention(
 ) -> tuple[Tensor, None]:
     """query [B, H, N, d]; key, value [B, Hkv, S, d] float64; mask [B, 1, H/Hkv * N, S] float64, 0 or -inf."""
     refuse_sinks(settings)
+    scaling = settings.get("scaling") or query.shape[-1] ** -0.5
+    y = exact_scores(query, key, value, attention_mask, scaling, settings.get("softcap"))
+    return y.view(query.shape[0], query.shape[2], query.shape[1], -1), None
+
+
+def exact_scores(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """The same without transformers' wrapping: [B, N, H * d] in the query's dtype."""
     rows, heads, nodes, width = query.shape
-    kv_heads = key.shape[1]
-    scaling = settings.get("scaling") or width**-0.5
-    q = (query.to(key.dtype) * scaling).reshape(rows, kv_heads, heads // kv_heads * nodes, width)
-    scores = q @ key.transpose(2, 3)
-    cap = settings.get("softcap")
-    if cap is not None:
-        scores = torch.tanh(scores / cap) * cap
-    scores += attention_mask
-    y = torch.softmax(scores, dim=-1) @ value
-    return y.reshape(rows, heads, nodes, -1).transpose(1, 2).to(query.dtype), None
+    kv_heads, slots = key.shape[1], key.shape[2]
+    q = torch.empty(rows * kv_heads, heads // kv_heads * nodes, width, dtype=key.dtype, device=key.device)
+    q.view(rows, heads, nodes, width).copy_(query)
+    k, v = key.reshape(-1, slots, width), value.reshape(-1, slots, width)
+    bias = mask.expand(-1, kv_heads, -1, -1).reshape(rows * kv_heads, -1, slots) if rows > 1 else mask[0]
+    if softcap is None:
+        scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scaling)
+    else:
+        scores = torch.tanh((q @ k.transpose(1, 2)) * (scaling / softcap)).mul_(softcap) + bias
+    y = torch.bmm(torch.softmax(scores, dim=-1), v).view(rows, heads, nodes, width)
+    out = torch.empty(rows, nodes, heads, width, dtype=query.dtype, device=query.device)
+    out.transpose(1, 2).copy_(y)
+    return out.view(rows, nodes, heads * width)
 
 
 def fast_attention(

@@ -16,6 +16,7 @@ from redrafter.backends.torch import linear
 from redrafter.backends.torch.attention import EXACT, FAST
 from redrafter.backends.torch.drafter import Drafter
 from redrafter.backends.torch.drafting import TorchDrafter
+from redrafter.backends.torch.fused import fuse_layers
 from redrafter.backends.torch.ops import TorchOps
 from redrafter.backends.torch.target import PREFILL_CHUNK, TorchTarget
 from redrafter.errors import CorruptModel, InvalidRequest
@@ -70,6 +71,7 @@ def load_target(
 
 def make_target(model: Any, feature_layers: Sequence[int] = ()) -> TorchTarget:
     """A target from a model in memory that was made with one of our attention functions; its linears are swapped."""
+    fuse_layers(model)
     target = TorchTarget(model, feature_layers)
     linear.pack_linears(model)
     return target
