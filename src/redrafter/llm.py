@@ -74,6 +74,7 @@ class LLM:
         model: str | Path = DEFAULT_MODEL,
         drafter: str | Path = "auto",
         *,
+        backend: str = "auto",
         dtype: str = "auto",
         device: str = "auto",
         max_context: int | None = None,
@@ -85,10 +86,10 @@ class LLM:
         """Find, check and load a model and its drafter.
 
         model: the default's name, a Hub id, a folder or a GGUF file. drafter: "auto" (the shipped one for this model,
-        or none), "none", or a folder. config: the beam shape; None lets the program pick it. progress: told in a few
+        or none), "none", or a folder. backend: "auto" (MLX on Apple silicon, else torch), "torch" or "mlx". config: the beam shape; None lets the program pick it. progress: told in a few
         words what is being done.
         """
-        from redrafter.load import load  # brings torch: only when weights are really loaded
+        from redrafter.load import load  # brings a backend: only when weights are really loaded
 
         tell = progress or _silent
         files = resolve(str(model), progress=tell)
@@ -98,6 +99,7 @@ class LLM:
         engine = load(
             files,
             drafter_path,
+            backend=backend,
             dtype=dtype,
             device=device,
             max_context=max_context,

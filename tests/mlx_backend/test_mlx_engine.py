@@ -178,3 +178,37 @@ def test_the_backend_imports_no_torch() -> None:
     code += "\nassert 'torch' not in sys.modules, 'torch'\nassert 'mlx.core' in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_command_line(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """Files, tokenizer, engine, drafter, text: --compare says that the ids are equal, and torch gives the same text."""
+    from redrafter.cli import main
+    from tests import fakes
+
+    root = folders["llama"].parent
+    model, drafter = root / "spoken", root / "spoken-drafter"
+    write_model(model, "llama", vocab_size=280, eos_token_id=279)
+    fakes.byte_level().save_pretrained(model)
+    write_drafter(drafter, vocab_size=280)
+    how = ["generate", "why?", "--model", str(model), "--drafter", str(drafter), "--dtype", "float32", "-q"]
+    how += ["--max-new-tokens", "20", "--device", "cpu", "--temperature", "1", "--seed", "5"]
+    assert main([*how, "--backend", "mlx", "--compare", "--repeat", "1"]) == 0
+    assert capsys.readouterr().out.startswith("equal ids: yes (20 tokens)\n")
+    texts = []
+    for backend in ("mlx", "torch"):
+        assert main([*how, "--backend", backend]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and texts[0]
+    assert main([*how, "--backend", "mlx", "--threads", "2"]) == 2
+    assert "MLX chooses its threads itself" in capsys.readouterr().err
+
+
+def test_a_quantised_folder_through_the_front_door(folders: dict[str, Path]) -> None:
+    from redrafter.load import load
+    from redrafter.models import resolve
+
+    engine = load(
+        resolve(str(folders["quantised"])), folders["drafter"], backend="mlx", config=DecodeConfig(tree_size=8)
+    )
+    plain, _ = run(engine.without_speculation(), PROMPT, params("greedy"))
+    assert run(engine, PROMPT, params("greedy"))[0] == plain

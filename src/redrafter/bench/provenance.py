@@ -78,7 +78,7 @@ def machine(device: Any) -> dict[str, Any]:
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "environment": {name: os.environ[name] for name in RECORDED_ENVIRONMENT if name in os.environ},
-        "packages": {name: _version(name) for name in ("torch", "transformers", "triton")},
+        "packages": {name: _version(name) for name in ("torch", "transformers", "triton", "mlx", "mlx-lm")},
         "python": platform.python_version(),
         "gpu": None,
     }

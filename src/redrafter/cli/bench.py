@@ -57,6 +57,7 @@ def bench(
     drafter: opt.Drafter = "auto",
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
+    backend: opt.Backend = "auto",
     max_context: opt.MaxContext = None,
     threads: opt.Threads = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,
@@ -98,7 +99,16 @@ def bench(
         check_place(planned, _root(), source()["commit"])
     started = time.perf_counter()
     llm = opt.load_llm(
-        model, drafter, dtype, device, max_context, config=config, threads=threads, quiet=quiet, max_batch=batch
+        model,
+        drafter,
+        dtype,
+        device,
+        max_context,
+        backend=backend,
+        config=config,
+        threads=threads,
+        quiet=quiet,
+        max_batch=batch,
     )
     if not llm.engine.speculative and not quiet:
         print("no speculation: drafting does not pay here; name a --tree-size to measure it anyway", file=sys.stderr)

@@ -44,6 +44,7 @@ def generate(
     drafter: opt.Drafter = "auto",
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
+    backend: opt.Backend = "auto",
     max_context: opt.MaxContext = None,
     threads: opt.Threads = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,
@@ -93,7 +94,9 @@ def generate(
         raise InvalidRequest("--compare and --no-speculation exclude each other: --compare runs both ways; drop one")
     in_color = wants_color(color, sys.stdout)
     asked = _prompt(prompt, system, raw)
-    llm = opt.load_llm(model, drafter, dtype, device, max_context, config=config, threads=threads, quiet=quiet)
+    llm = opt.load_llm(
+        model, drafter, dtype, device, max_context, backend=backend, config=config, threads=threads, quiet=quiet
+    )
     if not quiet and speculation and not llm.engine.speculative:
         print(f"no speculation: drafter {llm.drafter or 'none'}; decoding plainly", file=sys.stderr)
     if compare_ways:

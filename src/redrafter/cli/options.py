@@ -20,7 +20,8 @@ Model = Annotated[
 ]
 Drafter = Annotated[str, typer.Option(help="Drafter: auto (the shipped one for the model), none, or a folder.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; with MLX auto, cpu or gpu.")]
+Backend = Annotated[str, typer.Option(help="auto (MLX on Apple silicon, else torch), torch or mlx.")]
 MaxContext = Annotated[
     int | None, typer.Option(min=2, help="Longest prompt plus answer in tokens.", show_default=False)
 ]
@@ -73,6 +74,7 @@ def load_llm(
     device: str,
     max_context: int | None,
     *,
+    backend: str = "auto",
     config: DecodeConfig | None = None,
     threads: int | None = None,
     quiet: bool = False,
@@ -80,13 +82,14 @@ def load_llm(
 ) -> LLM:
     """``LLM.from_pretrained`` with its progress on stderr; by default a single request at a time."""
     with progress(quiet) as tell:
-        tell("importing torch")
+        tell("importing the backend")
         from redrafter.llm import LLM
         from redrafter.models import DEFAULT_MODEL
 
         return LLM.from_pretrained(
             DEFAULT_MODEL if model is None else model,
             drafter,
+            backend=backend,
             dtype=dtype,
             device=device,
             max_context=max_context,

@@ -108,6 +108,10 @@ class MLXBackend:
         self.eos_ids = frozenset(eos_ids)
         self.drafter = None if drafter is None else bind(target, *drafter, vocabulary)
 
+    @property
+    def device(self) -> mx.Device:
+        return mx.default_device()
+
     def reserve(self, rows: int, tokens: int) -> None:
         """The caches grow with use, by GROWTH slots or to twice their size."""
         cache = self.target.cache
@@ -189,8 +193,8 @@ class MLXBackend:
                 rows.append(self.ops.count_tokens(ids, ones, self.target.vocab_size)[:, 0])
             return mx.concatenate(rows)
 
-        settings = [mx.array(values[name], dtype=mx.float32) for name in names]
-        return Penalties(*settings, counts("prompt_ids"), counts("answer_ids"))
+        repetition, presence, frequency = (mx.array(values[name], dtype=mx.float32) for name in names)
+        return Penalties(repetition, presence, frequency, counts("prompt_ids"), counts("answer_ids"))
 
 
 def _column(values: list[float], off: float) -> mx.array | None:
