@@ -161,6 +161,13 @@ def test_a_line_that_is_not_understood_is_named(arguments, line, says, capsys) -
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("load", "warned"), [(3.2, True), (0.4, False), (None, False)])
+def test_a_busy_machine_is_said(arguments, monkeypatch, capsys, load, warned: bool) -> None:
+    monkeypatch.setattr(bench, "load_average", lambda: load)
+    assert main([*arguments, "--limit", "1", "--no-plain"]) == 0
+    assert ("warning: the machine is busy (load average 3.2)" in capsys.readouterr().err) == warned
+
+
 def test_a_figure_needs_a_commit(arguments, monkeypatch, capsys) -> None:
     monkeypatch.delenv(provenance.COMMIT_VARIABLE)
     assert main([*arguments, "--figure", "tau=speedup"]) == 2

@@ -108,8 +108,9 @@ def _one_batch(llm: LLM, batch: list[BenchPrompt], number: int, plan: Plan, meas
         plain = [run.answers[i] for run in runs[False]]
         drafted = [run.answers[i] for run in runs[True]]
         records.append({"id": prompt.id, "category": prompt.category, "batch": number, **_record(llm, plain, drafted)})
-    measured.records.extend(records)
     seconds = {way: [run.seconds for run in runs[way]] for way in runs}
+    # Side by side: Ctrl-C must find both or neither.
+    measured.records.extend(records)
     measured.batches.append({"plain_seconds": seconds[False], "speculative_seconds": seconds[True]})
 
 

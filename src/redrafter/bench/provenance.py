@@ -77,6 +77,7 @@ def machine(device: Any) -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load_average": load_average(),
         "environment": {name: os.environ[name] for name in RECORDED_ENVIRONMENT if name in os.environ},
         "packages": {name: _version(name) for name in ("torch", "transformers", "triton", "mlx", "mlx-lm")},
         "python": platform.python_version(),
@@ -96,6 +97,11 @@ def machine(device: Any) -> dict[str, Any]:
     threads = f"{facts['threads']} thread{'s' if facts['threads'] > 1 else ''}"
     facts["device"] = facts["gpu"]["name"] if facts["gpu"] else f"{facts['cpu']}, {threads}"
     return facts
+
+
+def load_average() -> float | None:
+    """Processes that wanted a core, averaged over the last minute; None where the system does not count them."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def cpu_name() -> str:

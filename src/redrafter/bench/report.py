@@ -139,7 +139,7 @@ def _columns(values: Sequence[tuple[float, str]], height: int = 180) -> str:
             f'<rect x="{40 + i * step:.1f}" y="{10 + height - tall:.1f}" width="{max(1.0, step - 1):.1f}" '
             f'height="{tall:.1f}" fill="{BAR if value >= 1 else SLOWER}">{tip}</rect>'
         )
-    for mark in (1.0, most):
+    for mark in (1.0, most) if most > 1.1 else (1.0,):  # two labels must not overlap
         y = 10 + height - height * mark / most
         drawn.append(f'<text x="32" y="{y + 4:.1f}" text-anchor="end">{mark:.1f}x</text>')
     y = 10 + height - height / most

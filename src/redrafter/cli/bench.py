@@ -14,7 +14,7 @@ import typer
 from redrafter.bench.measure import Plan
 from redrafter.bench.metrics import known_metrics
 from redrafter.bench.prompts import groups_of, load_prompts, select
-from redrafter.bench.provenance import checkout, command_line, models, source
+from redrafter.bench.provenance import checkout, command_line, load_average, models, source
 from redrafter.bench.report import key_figures, page
 from redrafter.bench.results import FIGURES, check_place, figures_of, parse_figures, read_result, write_figures
 from redrafter.bench.run import Job, result_path, run
@@ -97,6 +97,10 @@ def bench(
     planned = result_path(out, name, "model", dtype)
     if wanted:
         check_place(planned, _root(), source()["commit"])
+    if not quiet and (load_average() or 0.0) > 1:
+        print(
+            f"warning: the machine is busy (load average {load_average()}): times will not mean much", file=sys.stderr
+        )
     started = time.perf_counter()
     llm = opt.load_llm(
         model,
