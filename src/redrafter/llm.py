@@ -86,8 +86,8 @@ class LLM:
         """Find, check and load a model and its drafter.
 
         model: the default's name, a Hub id, a folder or a GGUF file. drafter: "auto" (the shipped one for this model,
-        or none), "none", or a folder. backend: "auto" (MLX on Apple silicon, else torch), "torch" or "mlx". config: the beam shape; None lets the program pick it. progress: told in a few
-        words what is being done.
+        or none), "none", or a folder. backend: "auto" (MLX on Apple silicon, else torch), "torch" or "mlx". config:
+        the beam shape; None lets the program pick it. progress: told in a few words what is being done.
         """
         from redrafter.load import load  # brings a backend: only when weights are really loaded
 

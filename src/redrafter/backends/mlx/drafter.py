@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -216,9 +217,10 @@ def _read_weights(folder: Path) -> dict[str, mx.array]:
     if not path.is_file():
         raise CorruptModel(f"{path} is missing; {AGAIN}")
     try:
-        return mx.load(str(path))
+        stored: Any = mx.load(str(path))
     except (RuntimeError, ValueError) as error:
         raise CorruptModel(f"{path} cannot be read ({error}); {AGAIN}") from error
+    return stored
 
 
 def _build(folder: Path, config: DrafterConfig, stored: dict[str, mx.array]) -> tuple[Drafter, mx.array | None]:
@@ -246,7 +248,7 @@ def _token_ids(path: Path, config: DrafterConfig, ids: mx.array | None) -> mx.ar
         if ids is not None:
             raise CorruptModel(f"{path}: unexpected tensors token_ids for its {CONFIG}; {AGAIN}")
         return None
-    listed = [] if ids is None else ids.tolist()
+    listed: Any = [] if ids is None else ids.tolist()
     if len(listed) != config.draft_vocabulary or len(set(listed)) != len(listed):
         raise CorruptModel(f"{path}: token_ids must be {config.draft_vocabulary} distinct token ids; {AGAIN}")
     if min(listed) < 0 or max(listed) >= config.vocab_size:

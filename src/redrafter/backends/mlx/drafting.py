@@ -9,8 +9,7 @@ import mlx.core as mx
 
 from redrafter.algorithm.beam import Reading
 from redrafter.backends.mlx.drafter import Drafter
-from redrafter.backends.mlx.kv_cache import KVCache
-from redrafter.backends.mlx.target import SLOT_STEP
+from redrafter.backends.mlx.kv_cache import SLOT_STEP, KVCache
 
 
 class DraftState(NamedTuple):
@@ -67,7 +66,7 @@ class MLXDrafter:
         cache = self._cache
         if cache is None:
             return self.drafter.context(features, next_BTD, position_BT, None, _no_store)
-        limit = min(cache.slots, -(-(int(first_B.max().item()) + pairs) // SLOT_STEP) * SLOT_STEP)
+        limit = cache.limit_for(first_B, pairs)
         cache.place(row, position_BT, limit)
         mask = self.drafter.trunk.visible(position_BT, mx.arange(limit, dtype=mx.int64)[None])
 

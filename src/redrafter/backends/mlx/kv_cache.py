@@ -6,9 +6,14 @@ it. So each layer has an array of its own, and a slice that attention reads is n
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 
 from redrafter.errors import OutOfMemory
+
+SLOT_STEP = 64
+"""Attention looks at a multiple of so many slots, so that its shapes repeat."""
 
 
 class KVCache:
@@ -52,6 +57,11 @@ class KVCache:
             )
         self.layers = [mx.pad(x, [(0, more_rows), (0, 0), (0, more_slots), (0, 0)]) for x in self.layers]
         mx.eval(self.layers)
+
+    def limit_for(self, first_B: mx.array, tokens: int) -> int:
+        """Slots that attention must look at when ``tokens`` tokens are written from slot ``first_B`` on."""
+        longest: Any = first_B.max().item()
+        return min(self.slots, -(-(longest + tokens) // SLOT_STEP) * SLOT_STEP)
 
     def place(self, first_row: int, slot_BN: mx.array, limit: int) -> None:
         """The next forward is of B rows from ``first_row``; token i of row b goes to ``slot_BN[b, i]``; attention

@@ -19,8 +19,6 @@ from redrafter.errors import UnsupportedModel
 
 PREFILL_CHUNK = 256
 """Prompt tokens per forward: enough rows to be compute-bound, little enough memory for the scores."""
-SLOT_STEP = 64
-"""Attention looks at a multiple of so many slots, so that its shapes repeat."""
 FAMILIES = ("mlx_lm.models.llama", "mlx_lm.models.qwen2", "mlx_lm.models.qwen3")
 """Modules of mlx-lm whose layers are the ones walked here (Mistral models are its Llama)."""
 ROTARY = ("RoPE", "Llama3RoPE", "YarnRoPE")
@@ -82,7 +80,7 @@ class MLXTarget:
         # The drafter starts to work while the forward is being written down. The lengths are not waited for: they
         # follow from the last step's outcome, which the engine has read.
         mx.async_eval(tree.tokens, tree.mask)
-        limit = min(self.cache.slots, -(-(int(lengths_B.max().item()) + nodes) // SLOT_STEP) * SLOT_STEP)
+        limit = self.cache.limit_for(lengths_B, nodes)
         self.cache.place(0, lengths_B[:, None] + mx.arange(nodes, dtype=mx.int64), limit)
         # Slot s holds a committed token, or node s - length of this tree, or nothing yet.
         node_BS = mx.arange(limit, dtype=mx.int64) - lengths_B[:, None]
