@@ -229,23 +229,19 @@ class Engine:
 
     def _leave(self, rows: list[int]) -> None:
         """Free these rows; the last ones move into their places."""
-        assert self._state is not None
+        state = self._state
+        assert state is not None
         for row in sorted(rows, reverse=True):
             last = len(self._running) - 1
+            order = list(range(last))
             if row != last:
                 self.backend.move_row(last, row)
                 self._running[row] = self._running[last]
-                order = [last if i == row else i for i in range(last)]
-            else:
-                order = list(range(last))
+                order[row] = last
             self._running.pop()
-            if not order:
-                self._state = None
-                continue
             index = self.backend.array(order)
-            self._state = _map2(lambda old, _, index=index: old[index], self._state, self._state)
-        if self._state is not None:
-            self._state = self._state._replace(sampling=self._sampling())
+            state = _map2(lambda old, _, index=index: old[index], state, state)
+        self._state = state._replace(sampling=self._sampling()) if self._running else None
 
     def _read(self, accepted: Accepted, tree: TokenTree) -> None:
         """Move a step's outcome to the host, request by request."""
