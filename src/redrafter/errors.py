@@ -37,3 +37,7 @@ class OutOfMemory(RedrafterError):
 
 class NonFiniteLogits(RedrafterError):
     """The target produced NaN or infinite logits for a request."""
+
+
+class TrainingDiverged(RedrafterError):
+    """A loss that is no number."""

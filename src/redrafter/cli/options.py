@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,7 +19,9 @@ Model = Annotated[
     str | None,
     typer.Option(help="Model: a Hub id, a folder or a GGUF file. Default: smollm2-135m-instruct.", show_default=False),
 ]
-Drafter = Annotated[str, typer.Option(help="Drafter: auto (the shipped one for the model), none, or a folder.")]
+Drafter = Annotated[
+    str, typer.Option(help="Drafter: auto (the shipped one for the model), none, or a run or drafter folder.")
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; with MLX auto, cpu or gpu.")]
 Backend = Annotated[str, typer.Option(help="auto (MLX on Apple silicon, else torch), torch or mlx.")]
@@ -88,7 +91,7 @@ def load_llm(
 
         return LLM.from_pretrained(
             DEFAULT_MODEL if model is None else model,
-            drafter,
+            drafter_folder(drafter),
             backend=backend,
             dtype=dtype,
             device=device,
@@ -98,3 +101,9 @@ def load_llm(
             threads=threads,
             progress=tell,
         )
+
+
+def drafter_folder(name: str) -> str:
+    """A run folder of ``redrafter train`` stands for the drafter in it."""
+    inside = Path(name).expanduser() / "drafter"
+    return str(inside) if (inside / "config.json").is_file() else name

@@ -1,11 +1,14 @@
-"""The chat template around the user's text, found by rendering a sentinel: nothing about a template is hard-wired."""
+"""The chat template around what is said: rendered by the tokenizer, its parts found by a sentinel."""
 
 from __future__ import annotations
 
 import hashlib
 from typing import Any, NamedTuple
 
-from redrafter.errors import UnsupportedModel
+from jinja2 import TemplateError
+
+from redrafter.errors import InvalidRequest, UnsupportedModel
+from redrafter.train.prompts import Message
 
 _SENTINEL = "\u2402sentinel\u2402"
 
@@ -21,12 +24,28 @@ class Frame(NamedTuple):
 
 
 def chat_frame(tokenizer: Any) -> Frame:
-    message = [{"role": "user", "content": _SENTINEL}]
-    rendered = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    """Of a model without a chat template: texts are continued, from the token that starts a text."""
+    if not tokenizer.chat_template:
+        return Frame(tokenizer.bos_token or tokenizer.eos_token or "", "")
+    rendered = render(tokenizer, [{"role": "user", "content": _SENTINEL}])
     if rendered.count(_SENTINEL) != 1:
         found = rendered.count(_SENTINEL)
         raise UnsupportedModel(f"chat template: the user's text appears {found} times, not once; answer prompts only")
     return Frame(*rendered.split(_SENTINEL))
+
+
+def render(tokenizer: Any, messages: list[Message]) -> str:
+    """The text that the answer to the last message follows: so the loss mask is what comes after it."""
+    if not tokenizer.chat_template:
+        return chat_frame(tokenizer).render("\n\n".join(m["content"].strip() for m in messages))
+    stripped = [m | {"content": m["content"].strip()} for m in messages]
+    try:
+        return str(tokenizer.apply_chat_template(stripped, tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:
+        roles = ", ".join(m["role"] for m in messages)
+        raise InvalidRequest(
+            f"the chat template refuses turns of {roles} ({error}); change or drop that record"
+        ) from error
 
 
 def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:

@@ -1,15 +1,13 @@
 """Tokens per step of a drafter, exactly: the real beam search and tree at every anchor of the target's texts.
 
-``python -m redrafter.train.evaluate --model M --drafter O/drafter --data D --prompts questions.jsonl``. Greedy texts
-make verification a comparison with the text itself, so no target forward is needed per step: walking t += accepted + 1
-over a text gives the steps that decoding it would take. Tokens per step counts the bonus and the end token.
+Greedy texts make verification a comparison with the text itself, so no target forward is needed per step: walking
+t += accepted + 1 over a text gives the steps that decoding it would take. Tokens per step counts the bonus and the end
+token. Legend: B rows, P pool, W beam width, L draft length, N nodes, A anchors, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from redrafter.algorithm.beam import Reading, draft
+from redrafter.algorithm.beam import DraftBeams, Reading, draft
 from redrafter.algorithm.tree import TokenTree, pack
 from redrafter.backends.torch.checkpoint import load_drafter
 from redrafter.backends.torch.drafter import Drafter
@@ -26,10 +24,11 @@ from redrafter.backends.torch.drafting import DraftState, TorchDrafter
 from redrafter.backends.torch.ops import TorchOps
 from redrafter.errors import InvalidRequest
 from redrafter.params import DecodeConfig
-from redrafter.train.chat import chat_frame, encode, end_ids
-from redrafter.train.generate import cache_slots
+from redrafter.train.chat import encode, end_ids, render
+from redrafter.train.data import cache_slots
+from redrafter.train.prompts import Prompt
 from redrafter.train.samples import Samples
-from redrafter.train.target import TrainingTarget
+from redrafter.train.target import OpenModel, TrainingTarget
 from redrafter.train.writing import Writer, WritingConfig, loops
 
 TREE_SIZES = (4, 8, 12, 16, 24, 32, 48, 64)
@@ -60,6 +59,26 @@ def accepted_lengths(tree: TokenTree, follow_BL: Tensor) -> Tensor:
     # A node lies on the accepted path when none of its ancestors, itself included, is wrong.
     broken = torch.bmm(tree.mask.float(), (~match_BN).float()[:, :, None])[:, :, 0]
     return (broken == 0).cumsum(1) - 1
+
+
+def merged_share(beams: DraftBeams) -> Tensor:
+    """[B]: the share of the W x L tokens of the final beams that the tree saves, since beams share their prefixes."""
+    rows, slots = beams.tokens.shape
+    used = torch.zeros(rows, slots + 1, dtype=torch.bool, device=beams.tokens.device)
+    slot = beams.final
+    for _ in range(beams.draft_length):
+        used.scatter_(1, slot, True)
+        # Slot -1, the root, is kept as the last column, which is its own parent.
+        slot = torch.where(slot < slots, beams.parent.gather(1, slot.clamp(max=slots - 1)), slot)
+        slot = torch.where(slot < 0, slots, slot)
+    return 1 - used[:, :slots].sum(1) / (beams.final.shape[1] * beams.draft_length)
+
+
+class Measured(NamedTuple):
+    lengths: list[np.ndarray]
+    """per text [A, N]: accepted drafts at every anchor, for every tree size"""
+    merged: float
+    """mean share of the beams' tokens that merging their prefixes removes"""
 
 
 class Evaluation:
@@ -98,33 +117,47 @@ class Evaluation:
     @torch.inference_mode()
     def lengths(
         self, texts: list[AnswerText], contexts: list[Tensor], shape: DecodeConfig, vocabulary: int, rows: int
-    ) -> list[np.ndarray]:
-        """Per text [A, N]: accepted drafts at every anchor, for every tree size up to ``shape.tree_size``."""
+    ) -> Measured:
+        """Accepted drafts for every tree size up to ``shape.tree_size``, ``rows`` anchors at a time."""
         device, ops, drafter = self.target.device, TorchOps(), self.worker(vocabulary)
         tail = np.full(shape.draft_length + 1, -1, dtype=np.int64)
         padded = [np.concatenate([t.tokens[t.start - 1 :], tail]) for t in texts]
         windows = [np.lib.stride_tricks.sliding_window_view(p, shape.draft_length + 1)[:-2] for p in padded]
         text_AL = torch.from_numpy(np.concatenate(windows)).to(device)  # root, then what follows it
         context_AD = torch.cat(contexts)
-        parts = []
+        parts, merged = [], torch.zeros((), device=device)
         for first in range(0, len(text_AL), rows):
             here = slice(first, first + rows)
             root = text_AL[here, 0].contiguous()
             ones = torch.ones_like(root)
             reading = Reading(context_AD[here, None], root[:, None], ones, ones)
-            tree = pack(ops, draft(ops, drafter, reading, root, shape), root, shape.tree_size)
+            beams = draft(ops, drafter, reading, root, shape)
+            tree = pack(ops, beams, root, shape.tree_size)
+            merged += merged_share(beams).sum()
             parts.append(accepted_lengths(tree, text_AL[here, 1:]).to(torch.int8).cpu().numpy())
         bounds = np.cumsum([len(w) for w in windows])[:-1]
-        return np.split(np.concatenate(parts), bounds)
+        return Measured(np.split(np.concatenate(parts), bounds), float(merged) / len(text_AL))
+
+
+def visited(accepted_A: np.ndarray) -> list[int]:
+    """The anchors at which decoding the text takes a step: one before answer token t emits accepted + 1 tokens."""
+    out, t = [], 0
+    while t < len(accepted_A):
+        out.append(t)
+        t += int(accepted_A[t]) + 1
+    return out
 
 
 def steps(accepted_A: np.ndarray) -> int:
-    """Decoding steps of a text: a step whose root stands before answer token t emits accepted + 1 tokens from t on."""
-    count, t = 0, 0
-    while t < len(accepted_A):
-        count += 1
-        t += int(accepted_A[t]) + 1
-    return count
+    """Decoding steps of a text."""
+    return len(visited(accepted_A))
+
+
+def acceptance(lengths: list[np.ndarray], depths: int) -> list[float]:
+    """Per depth the share of steps whose draft of that depth was accepted, of those that came that far."""
+    taken = np.concatenate([x[visited(x[:, -1]), -1] for x in lengths])
+    reached = [int((taken >= k).sum()) for k in range(depths + 1)]
+    return [round(b / a, 4) if a else 0.0 for a, b in pairwise(reached)]
 
 
 def table(texts: list[AnswerText], lengths: list[np.ndarray], sizes: tuple[int, ...]) -> dict[str, Any]:
@@ -142,87 +175,93 @@ def table(texts: list[AnswerText], lengths: list[np.ndarray], sizes: tuple[int, 
     return out
 
 
-def answer_greedily(args: argparse.Namespace, target: TrainingTarget, path: Path) -> list[AnswerText]:
-    """The target's own greedy answers to the first turn of every line of a question file."""
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    records = [json.loads(line) for line in path.read_text().strip().split("\n")]
-    questions = [r["turns"][0] for r in records if args.category in str(r.get("category", ""))]
-    if not questions:
-        raise InvalidRequest(f"{path}: no question has a category that contains {args.category!r}; pass another")
-    frame = chat_frame(tokenizer)
-    ids = [np.array(x) for x in encode(tokenizer, [frame.render(q) for q in questions])]
+def evaluation_shape(drafter: Drafter, beam_width: int = 8, branching: int = 8) -> DecodeConfig:
+    """Beams as the drafter can fill them, and the largest tree of the tables."""
+    vocabulary, length = drafter.config.vocabulary, drafter.config.draft_length
+    return DecodeConfig(
+        beam_width=beam_width, branching=min(branching, vocabulary), draft_length=length, tree_size=max(TREE_SIZES)
+    )
+
+
+def heldout_texts(samples: Samples, limit: int) -> list[AnswerText]:
+    """Greedy texts that training does not see; none if the data have none."""
+    chosen = np.flatnonzero((samples.heldout == 1) & (samples.sampled == 0) & (samples.answer_start >= 2))
+    return [AnswerText(samples.text(i), int(samples.answer_start[i])) for i in chosen[:limit]]
+
+
+def training_texts(samples: Samples, limit: int) -> list[AnswerText]:
+    """Any texts at all, for data too small to hold some out."""
+    return [
+        AnswerText(samples.text(i), int(samples.answer_start[i]))
+        for i in np.flatnonzero(samples.answer_start >= 2)[:limit]
+    ]
+
+
+def answer_greedily(target: TrainingTarget, tokenizer: Any, prompts: list[Prompt], max_new: int) -> list[AnswerText]:
+    """The target's own greedy answer to every prompt, in the order of the prompts."""
+    ids = [np.array(x) for x in encode(tokenizer, [render(tokenizer, p.messages) for p in prompts])]
     longest = max(len(x) for x in ids)
-    need = len(ids) * (longest + args.max_new)
-    writer = Writer(target, end_ids(tokenizer, target.config), min(need, cache_slots(target)))
-    settings = WritingConfig(max_new=args.max_new, drop_loops=False)
+    writer = Writer(target, end_ids(tokenizer, target.config), min(len(ids) * (longest + max_new), cache_slots(target)))
+    settings = WritingConfig(max_new=max_new, drop_loops=False)
     rows = writer.rows_that_fit(longest, settings)
-    texts: list[AnswerText] = []
+    texts: dict[int, AnswerText] = {}
     for first in range(0, len(ids), rows):
         part = ids[first : first + rows]
         for text in writer.write(part, settings):
-            texts.append(AnswerText(np.concatenate([part[text.row], text.tokens]), len(part[text.row])))
-    return texts
+            texts[first + text.row] = AnswerText(np.concatenate([part[text.row], text.tokens]), len(part[text.row]))
+    return [texts[i] for i in range(len(ids))]
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="redrafter.train.evaluate", description=__doc__)
-    p.add_argument("--model", required=True)
-    p.add_argument("--drafter", required=True, type=Path)
-    p.add_argument("--data", nargs="*", type=Path, default=[], help="held-out greedy samples of these folders")
-    p.add_argument("--texts", type=int, default=400, help="held-out samples at most")
-    p.add_argument("--prompts", type=Path, help='JSONL with "turns"; the target answers first turns itself')
-    p.add_argument("--category", default="", help="only questions whose category contains this")
-    p.add_argument("--max-new", type=int, default=256)
-    p.add_argument("--rows", type=int, default=2048, help="anchors per batch")
-    p.add_argument("--beam-widths", type=int, nargs="+", default=[8, 4])
-    p.add_argument("--vocabularies", type=int, nargs="+", default=[0, 8192], help="0: the drafter's whole one")
-    p.add_argument("--branching", type=int, default=8)
-    p.add_argument("--draft-length", type=int, default=8)
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    p.add_argument("--out", type=Path, help="JSON of the tables")
-    return p
+def categories(prompts: list[Prompt]) -> dict[str, list[int]]:
+    """Indices of all prompts, then by category: the part before the slash, as ``mt_bench`` of ``mt_bench/writing``."""
+    out = {"all": list(range(len(prompts)))}
+    for i, prompt in enumerate(prompts):
+        if prompt.category:
+            out.setdefault(prompt.category.split("/")[0], []).append(i)
+    return out
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    args = parser().parse_args(argv)
-    started = time.monotonic()
-    drafter = load_drafter(args.drafter)
-    target = TrainingTarget.load(args.model, args.device, getattr(torch, args.dtype), drafter.config.feature_layers)
-    sets: dict[str, list[AnswerText]] = {}
-    if args.data:
-        samples = Samples(args.data)
-        chosen = np.flatnonzero((samples.heldout == 1) & (samples.sampled == 0))[: args.texts]
-        if len(chosen) == 0:
-            raise InvalidRequest(f"no held-out greedy sample in {', '.join(map(str, args.data))}; generate more")
-        sets["heldout"] = [AnswerText(samples.text(i), int(samples.answer_start[i])) for i in chosen]
-    if args.prompts:
-        sets[args.prompts.stem] = answer_greedily(args, target, args.prompts)
+class EvalOptions(NamedTuple):
+    max_new: int = 256
+    beam_width: int = 8
+    branching: int = 8
+    rows: int = 2048
+    vocabulary: int = 0
+    """how many of the drafter's most frequent tokens it may propose, 0: all"""
+
+
+def evaluate(model: OpenModel, folder: Path, prompts: list[Prompt], options: EvalOptions) -> dict[str, Any]:
+    """Tokens per step by category and tree size, acceptance per depth and what merging saves, greedy."""
+    if not prompts:
+        raise InvalidRequest("no prompts to evaluate on: give a file with at least one")
+    drafter = load_drafter(folder)
+    target = model.target(drafter.config.feature_layers)
+    tokenizer = AutoTokenizer.from_pretrained(model.files.path, local_files_only=True)
+    room = model.context_limit - options.max_new
+    if room < 1:
+        raise InvalidRequest(
+            f"max_new={options.max_new} leaves no room in a context of {model.context_limit}: lower it"
+        )
+    shape = evaluation_shape(drafter, options.beam_width, options.branching)
     evaluation = Evaluation(target, drafter)
-    result: dict[str, Any] = {}
-    for name, texts in sets.items():
-        contexts = evaluation.contexts(texts)
-        for width in args.beam_widths:
-            for vocabulary in args.vocabularies:
-                shape = DecodeConfig(
-                    beam_width=width,
-                    branching=args.branching,
-                    draft_length=args.draft_length,
-                    tree_size=max(TREE_SIZES),
-                )
-                lengths = evaluation.lengths(texts, contexts, shape, vocabulary, args.rows)
-                found = table(texts, lengths, TREE_SIZES)
-                result[f"{name} W={width} V={vocabulary or drafter.config.vocabulary}"] = found
-                row = "  ".join(f"N={n} {found[str(n)]['tokens_per_step']:.3f}" for n in TREE_SIZES)
-                best = found[str(max(TREE_SIZES))]["without_loops"]
-                count = f"{found['texts']} texts"
-                print(f"{name:16} W={width} V={vocabulary or 'all'}: {row}  no loops {best:.3f}  ({count})", flush=True)
-    result["seconds"] = round(time.monotonic() - started, 1)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
-    return result
-
-
-if __name__ == "__main__":
-    main()
+    texts = answer_greedily(target, tokenizer, prompts, options.max_new)
+    measured = evaluation.lengths(texts, evaluation.contexts(texts), shape, options.vocabulary, options.rows)
+    found: dict[str, Any] = {}
+    for name, index in categories(prompts).items():
+        lengths = [measured.lengths[i] for i in index]
+        found[name] = table([texts[i] for i in index], lengths, TREE_SIZES)
+        found[name]["acceptance_per_depth"] = acceptance(lengths, shape.draft_length)
+    return {
+        "model": model.files.name,
+        "drafter": str(folder),
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "settings": {
+            "beam_width": shape.beam_width,
+            "branching": shape.branching,
+            "temperature": 0,
+            **options._asdict(),
+        },
+        "merged_share": round(measured.merged, 4),
+        "categories": found,
+    }

@@ -2,9 +2,9 @@
 
 p is the target's distribution restricted to the draft vocabulary and not renormalised, q the drafter's over it:
     loss = lambda KL(p || q) + (1 - lambda) (1 - sum min(p, q)) + ce (-log q(y)),   y = the target's greedy choice.
-lambda = exp(-decay a), a = sum min(p, q) so far: KL while the drafter is bad, total variation later (LK loss;
-algorithms.md section 6). Legend: A anchors, C anchors of a chunk, R taught positions, D hidden size, V draft
-vocabulary.
+lambda = exp(-decay a), a = sum min(p, q) so far: KL while the drafter is bad, total variation later (LK loss). ``kl``
+fixes lambda = 1, ``tv`` 0; ``ce`` is the last term alone with y = the text's own next token (no teacher).
+Legend: A anchors, C anchors of a chunk, R taught positions, D hidden size, V draft vocabulary.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-LOSSES = ("kl", "mix", "ce")
+from redrafter.train.target import cap
+
+LOSSES = ("ce", "kl", "tv", "mix")
 
 
 class Teaching(NamedTuple):
@@ -27,11 +29,11 @@ class Teaching(NamedTuple):
     """[R] draft index of the target's greedy choice, -1 when it is outside the draft vocabulary"""
 
 
-def teach(hidden_RD: Tensor, head_VD: Tensor, vocabulary: int, chunk: int = 2048) -> Teaching:
+def teach(hidden_RD: Tensor, head_VD: Tensor, vocabulary: int, softcap: float = 0.0, chunk: int = 2048) -> Teaching:
     """``head_VD`` is the whole head in float32, the draft vocabulary's ``vocabulary`` rows first."""
     probability, choice = [], []
     for hidden in hidden_RD.split(chunk):
-        logits = hidden.float() @ head_VD.T
+        logits = cap(hidden.float() @ head_VD.T, softcap)
         best = logits.argmax(-1)
         choice.append(torch.where(best < vocabulary, best, -1))
         log_total = logits.logsumexp(-1, keepdim=True)
@@ -77,13 +79,15 @@ def chunk_loss(
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Head, loss and the gradient with respect to the exit hidden state, chunk by chunk, all in the forward pass."""
+    """Head, loss and the gradients with respect to exit hidden state and head, by chunks, all in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, exit_AD: Tensor, head_VD: Tensor, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, exit_AD: Tensor, head: Tensor, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
         teaching, row_A, weight_A, kl_share, soft_ce, chunk, function = inputs
+        head_VD = head.to(teaching.probability.dtype)
         x = exit_AD.to(head_VD.dtype)
         gradient = torch.empty_like(x)
+        head_gradient = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
         losses, overlaps, hits = [], [], []
         for first in range(0, len(x), chunk):
             part = slice(first, first + chunk)
@@ -92,23 +96,26 @@ class _HeadLoss(torch.autograd.Function):
                 x[part] @ head_VD.T, teaching.probability[row], teaching.choice[row], weight_A[part], kl_share, soft_ce
             )
             torch.mm(out.gradient, head_VD, out=gradient[part])
+            if head_gradient is not None:
+                head_gradient += (out.gradient.T @ x[part]).to(head.dtype)
             losses.append(out.loss)
             overlaps.append(out.overlap)
             hits.append(out.hit)
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(gradient, head_gradient)
         ctx.dtype = exit_AD.dtype
         overlap, hit = torch.cat(overlaps), torch.cat(hits)
         ctx.mark_non_differentiable(overlap, hit)
         return torch.stack(losses).sum(), overlap, hit
 
     @staticmethod
-    def backward(ctx: Any, loss: Tensor, *_: Any) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * loss.to(gradient.dtype)).to(ctx.dtype), None, None
+    def backward(ctx: Any, loss: Tensor, *_: Any) -> tuple[Tensor, Tensor | None, None]:
+        gradient, head_gradient = ctx.saved_tensors
+        to_head = None if head_gradient is None else head_gradient * loss.to(head_gradient.dtype)
+        return (gradient * loss.to(gradient.dtype)).to(ctx.dtype), to_head, None
 
 
 class HeadLoss:
-    """A tied head's distillation loss. ``kind``: kl | mix | ce; ``decay``: of lambda in a mix; ``ce``: its weight."""
+    """The loss through a head, tied or own. ``kind``: of LOSSES; ``decay``: of lambda in a mix; ``ce``: its weight."""
 
     def __init__(self, kind: str, ce: float, decay: float, chunk: int, compiled: bool) -> None:
         self.kind, self.decay, self.chunk = kind, decay, chunk
@@ -117,7 +124,9 @@ class HeadLoss:
 
     def kl_share(self, overlap: Tensor) -> Tensor:
         """lambda of a depth whose overlap so far is ``overlap`` []."""
-        return torch.exp(-self.decay * overlap) if self.kind == "mix" else torch.ones_like(overlap)
+        if self.kind == "mix":
+            return torch.exp(-self.decay * overlap)
+        return torch.full_like(overlap, 0.0 if self.kind == "tv" else 1.0)
 
     @torch.no_grad()
     def prepare(self, head_VD: Tensor) -> None:

@@ -13,6 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
+from transformers.utils import logging
+
+from redrafter.backends.torch.load import pick_device, pick_dtype
+from redrafter.errors import CorruptModel, InvalidRequest, UnsupportedModel
+from redrafter.models import ModelFiles, check_supported, resolve
 
 ATTENTION = "redrafter_batch"
 
@@ -30,6 +35,8 @@ def attend(
 
     A mask of one element means plain causal attention (all of it for a single token): the fused kernels want no mask.
     """
+    if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
+        raise UnsupportedModel("attention with soft-capping or sinks: training has no kernel for it; use another model")
     rows, heads, length, width = query.shape
     groups = heads // key.shape[1]
     mask = None if attention_mask is None or attention_mask.numel() == 1 else attention_mask
@@ -106,10 +113,19 @@ class TrainingTarget:
 
     def __init__(self, model: Any, feature_layers: tuple[int, ...] = ()) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.decoder = model.model
+        self.decoder = getattr(model, model.base_model_prefix)
         self.config: PretrainedConfig = model.config
         self.embedding: Tensor = model.get_input_embeddings().weight
-        self.head: Tensor = model.get_output_embeddings().weight
+        output = model.get_output_embeddings()
+        if getattr(output, "bias", None) is not None or not hasattr(self.decoder, "layers"):
+            raise UnsupportedModel(
+                f"{self.config.model_type}: training needs a list of layers and a head without bias; use another model"
+            )
+        self.head: Tensor = output.weight
+        # What transformers does to the head's product: Cohere multiplies, Granite divides, Gemma squashes.
+        self.scale = float(getattr(self.config, "logit_scale", None) or 1.0)
+        self.scale /= float(getattr(self.config, "logits_scaling", None) or 1.0)
+        self.softcap = float(getattr(self.config, "final_logit_softcapping", None) or 0.0)
         self.feature_layers = feature_layers
         self._kept: dict[int, Tensor] = {}
         for layer in feature_layers:
@@ -121,13 +137,30 @@ class TrainingTarget:
     def load(
         cls, folder: str | Path, device: str, dtype: torch.dtype, feature_layers: tuple[int, ...] = ()
     ) -> TrainingTarget:
+        """From a folder that ``redrafter.models`` has checked. Raises CorruptModel if it cannot be loaded."""
         AttentionInterface.register(ATTENTION, attend)
+        logging.disable_progress_bar()
         # cuDNN's attention builds a plan per shape, and the cache grows by a slot per token.
         torch.backends.cuda.enable_cudnn_sdp(False)
         # Heads are applied in float32 to bf16 numbers, which TF32 holds exactly; the sums are in float32 either way.
         torch.backends.cuda.matmul.allow_tf32 = dtype == torch.bfloat16
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=ATTENTION)
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=ATTENTION,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            line = str(error).strip().splitlines()[0]
+            raise CorruptModel(f"{folder}: transformers cannot load it ({line}); fetch the model again") from error
         return cls(model.to(device), feature_layers)
+
+    def float_head(self) -> Tensor:
+        """[V, D] in float32, the model's scale of the logits included; ``softcap`` is not."""
+        return self.head.float() * self.scale
 
     @property
     def device(self) -> torch.device:
@@ -165,3 +198,29 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     slots = mask.shape[-1]
     storage = torch.zeros(*mask.shape[:-1], -(-slots // 16) * 16, dtype=dtype, device=mask.device)
     return storage[..., :slots].masked_fill_(~mask, float("-inf"))
+
+
+def cap(logits: Tensor, softcap: float) -> Tensor:
+    """The model's own squashing of logits into (-softcap, softcap); 0 is none."""
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+class OpenModel:
+    """A model's files, its context limit, and where and how it is going to run; weights load on ``target``."""
+
+    def __init__(self, name: str, device: str = "auto", dtype: str = "auto") -> None:
+        self.files: ModelFiles = resolve(name)
+        self.context_limit = check_supported(self.files.config, None)
+        self.device = pick_device(device)
+        # Packed bfloat16 of the engine does not help batches of texts: the CPU trains in float32 unless asked.
+        wanted = "float32" if dtype == "auto" and self.device.type == "cpu" else dtype
+        self.dtype = pick_dtype(wanted, self.device)
+        if self.dtype == torch.float16:
+            raise InvalidRequest("dtype float16 overflows in training: use bfloat16 or float32")
+
+    @property
+    def layers(self) -> int:
+        return int(self.files.config["num_hidden_layers"])
+
+    def target(self, feature_layers: tuple[int, ...] = ()) -> TrainingTarget:
+        return TrainingTarget.load(self.files.path, str(self.device), self.dtype, feature_layers)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from redrafter.backends.torch.drafter import Drafter
-from redrafter.train.losses import HeadLoss, survival_weights, teach
+from redrafter.train.losses import HeadLoss, Teaching, survival_weights, teach
 from redrafter.train.samples import Batch
 from redrafter.train.target import TrainingTarget
 
@@ -67,8 +67,11 @@ class Distiller:
         rest[ids] = False
         # The draft vocabulary's rows first: restricting the teacher is then a slice, not a gather.
         order = torch.cat([ids, rest.nonzero()[:, 0]])
-        self.teacher_head = target.head[order].float()
-        self.head = target.head[ids].contiguous()
+        self.place = torch.full((drafter.config.vocab_size,), -1, dtype=torch.int64, device=device)
+        self.place[ids] = torch.arange(len(ids), device=device)
+        self.teacher_head = target.float_head()[order]
+        own = drafter.config.head == "own"
+        self.head = drafter.head.weight if own else target.head[ids].contiguous()
         self.overlap_K = torch.full((drafter.config.draft_length,), 0.1, device=device)
 
     def autocast(self) -> torch.autocast:
@@ -78,17 +81,16 @@ class Distiller:
     def prepare(self) -> None:
         """Compile what will be compiled, before the clock of the schedule starts."""
         with self.autocast():
-            self.loss.prepare(self.head)
+            self.loss.prepare(self.head.detach().to(self.target.embedding.dtype))
 
     def step(self, batch: Batch) -> StepReport:
-        """Forward and backward; gradients are left on the drafter."""
+        """Forward and backward; gradients are added to the drafter's. ``follow`` takes the report in afterwards."""
         device = self.target.device
         tokens, taught, anchor, teacher, depths = (_move(x, device) for x in batch)
         features = self.target.features(tokens)
         flat = tokens.flatten()
         with torch.no_grad():
-            hidden = features[..., : self.drafter.config.hidden_size].flatten(0, 1)[taught]
-            teaching = teach(hidden, self.teacher_head, len(self.head))
+            teaching = self.teach(features, flat, taught)
         weight_K = survival_weights(self.overlap_K, self.survival_floor)
         total = torch.zeros((), device=device)
         overlaps, hits = [], []
@@ -104,9 +106,19 @@ class Distiller:
                 overlaps.append((overlap * exists).sum() / count)
                 hits.append((hit & exists).sum() / count)
         total.backward()
-        report = StepReport(total.detach(), torch.stack(overlaps).detach(), torch.stack(hits))
-        self.overlap_K = torch.lerp(self.overlap_K, report.overlap_K, 0.05)
-        return report
+        return StepReport(total.detach(), torch.stack(overlaps).detach(), torch.stack(hits))
+
+    def teach(self, features: Tensor, flat: Tensor, taught: Tensor) -> Teaching:
+        """The target's distribution at the taught positions; for the loss ``ce`` the text's own next token."""
+        hidden = features[..., : self.drafter.config.hidden_size].flatten(0, 1)[taught]
+        teaching = teach(hidden, self.teacher_head, self.drafter.config.vocabulary, self.target.softcap)
+        if self.loss.kind != "ce":
+            return teaching
+        return teaching._replace(choice=self.place[flat[(taught + 1).clamp(max=len(flat) - 1)]])
+
+    def follow(self, overlap_K: Tensor) -> None:
+        """Move the running acceptance towards a step's."""
+        self.overlap_K = torch.lerp(self.overlap_K, overlap_K, 0.05)
 
     def context(self, features_BTF: Tensor, tokens_BT: Tensor) -> Tensor:
         """[B, T, D] of pairs (features at t, token t + 1); a row's last has no next token and means nothing."""

@@ -5,7 +5,6 @@ Legend: B rows, P prompt tokens (padded on the left), D hidden size, V vocabular
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from redrafter.train.target import BatchCache, TrainingTarget
+from redrafter.train.target import BatchCache, TrainingTarget, cap
 
 LOOP_SHARE = 0.6
 """A text with fewer distinct 4-grams than this share of all is looping."""
@@ -57,11 +56,13 @@ def loops(tokens: np.ndarray) -> bool:
     return len(t) >= 4 and len(set(zip(t, t[1:], t[2:], t[3:], strict=False))) < LOOP_SHARE * (len(t) - 3)
 
 
-def pick(hidden_BD: Tensor, head_VD: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+def pick(
+    hidden_BD: Tensor, head_VD: Tensor, temperature: float, generator: torch.Generator | None, softcap: float = 0.0
+) -> Tensor:
     """[B] next tokens: argmax, or a draw from softmax(logits / T) as argmax(logits / T + Gumbel noise)."""
     out = []
     for chunk in hidden_BD.float().split(_PICK_ROWS):
-        logits = chunk @ head_VD.T
+        logits = cap(chunk @ head_VD.T, softcap)
         if temperature > 0:
             noise = torch.empty_like(logits).exponential_(generator=generator)
             logits = logits.div_(temperature).sub_(noise.log_())
@@ -72,20 +73,20 @@ def pick(hidden_BD: Tensor, head_VD: Tensor, temperature: float, generator: torc
 class Writer:
     """Continues batches of prompts. The head is kept in float32: bf16 logits tie too often."""
 
-    def __init__(self, target: TrainingTarget, end_ids: Iterable[int], cache_tokens: int, seed: int = 0) -> None:
+    def __init__(self, target: TrainingTarget, end_ids: Iterable[int], cache_tokens: int) -> None:
         self.target = target
         self.end = torch.tensor(sorted(set(end_ids)), device=target.device)
-        self.head = target.head.float()
+        self.head = target.float_head()
         self.cache = BatchCache(target.config, cache_tokens, target.device, target.embedding.dtype)
-        self.generator = torch.Generator(target.device).manual_seed(seed)
+        self.generator = torch.Generator(target.device).manual_seed(0)
         self.raw_tokens = 0
 
     def rows_that_fit(self, length: int, config: WritingConfig) -> int:
         return max(1, self.cache.tokens // (length + config.max_new))
 
     @torch.inference_mode()
-    def write(self, prompts: list[np.ndarray], config: WritingConfig, deadline: float = float("inf")) -> list[Text]:
-        """One text per prompt, in no particular order. Past ``deadline`` (``time.monotonic``) rows end as they are."""
+    def write(self, prompts: list[np.ndarray], config: WritingConfig) -> list[Text]:
+        """One text per prompt, in no particular order."""
         device = self.target.device
         tokens_BP, pad_B = _left_pad(prompts)
         length = tokens_BP.shape[1]
@@ -99,7 +100,7 @@ class Writer:
         slots = torch.arange(length + config.max_new, device=device)
         texts: list[Text] = []
         for i in range(config.max_new):
-            token_B = pick(hidden_BD, self.head, config.temperature, self.generator)
+            token_B = pick(hidden_BD, self.head, config.temperature, self.generator, self.target.softcap)
             out_BN[:, i] = token_B
             ended_B |= torch.isin(token_B, self.end)
             self.raw_tokens += len(token_B)
@@ -108,7 +109,7 @@ class Writer:
                 looped_B = _stuck(out_BN[:, : i + 1]) & ~ended_B if config.drop_loops else ended_B & False
                 done_B = ended_B | looped_B
                 alive = int((~done_B).sum())
-                if last or alive <= config.tail * len(prompts) or time.monotonic() > deadline:
+                if last or alive <= config.tail * len(prompts):
                     return texts + _harvest(row_B, out_BN[:, : i + 1], self.end, looped_B)
                 if alive < 0.85 * len(row_B):
                     texts += _harvest(row_B[done_B], out_BN[done_B, : i + 1], self.end, looped_B[done_B])

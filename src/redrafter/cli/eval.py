@@ -1,0 +1,75 @@
+"""``redrafter eval``: what a drafter is worth on a file of prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from redrafter.cli import options as opt
+
+HELP = """Tokens per step of DRAFTER, acceptance per depth and tree savings, by category, on the model's greedy answers.
+
+A step's tokens count the model's own token. The real beam search and tree are used; since the model's own texts are
+followed, the figures are those of decoding, and need no decoding per tree size.
+
+\b
+Examples:
+  redrafter eval --model ./my-model --drafter run --prompts questions.jsonl
+  redrafter eval --prompts questions.jsonl --category mt_bench --json-out mt.json
+"""
+
+
+def register(app: typer.Typer) -> None:
+    app.command("eval", help=HELP)(evaluate)
+
+
+def evaluate(
+    prompts: Annotated[list[str], typer.Option(help="JSONL file or Hub data set; may be repeated.")],
+    model: opt.Model = None,
+    drafter: opt.Drafter = "auto",
+    category: Annotated[str, typer.Option(help="Only prompts whose category contains this.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
+    beam_width: Annotated[int, typer.Option(min=1, help="Beams kept per depth.")] = 8,
+    branching: Annotated[int, typer.Option(min=1, help="Children scored per beam.")] = 8,
+    vocabulary: Annotated[int, typer.Option(min=0, help="Of the drafter's most frequent tokens; 0: all.")] = 0,
+    json_out: Annotated[Path | None, typer.Option(help="Write the tables as JSON, too.", show_default=False)] = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "auto",
+) -> None:
+    from redrafter.errors import InvalidRequest
+    from redrafter.models import DEFAULT_MODEL, resolve_drafter
+    from redrafter.train import evaluate as measure
+    from redrafter.train.files import write_json
+    from redrafter.train.prompts import read_prompts
+    from redrafter.train.target import OpenModel
+
+    opened = OpenModel(model or DEFAULT_MODEL, device, dtype)
+    folder = resolve_drafter(opt.drafter_folder(drafter), opened.files)
+    if folder is None:
+        raise InvalidRequest(
+            f"--drafter {drafter}: there is no drafter to evaluate for {opened.files.name}; name a folder"
+        )
+    wanted = [p for p in read_prompts(prompts) if category in p.category]
+    if not wanted:
+        raise InvalidRequest(f"no prompt has a category that contains {category!r}: pass another --category")
+    options = measure.EvalOptions(max_new_tokens, beam_width, branching, vocabulary=vocabulary)
+    result = measure.evaluate(opened, folder, wanted, options)
+    print("\n".join(_lines(result)))
+    if json_out is not None:
+        write_json(json_out, result)
+
+
+def _lines(result: dict[str, Any]) -> list[str]:
+    out = []
+    for name, found in result["categories"].items():
+        sizes = [key for key in found if key.isdigit()]
+        if not out:
+            out.append("tokens per step".ljust(20) + "".join(f"N={n}".rjust(8) for n in sizes) + "   texts")
+        row = "".join(f"{found[n]['tokens_per_step']:8.3f}" for n in sizes)
+        out.append(f"{name:20}{row}{found['texts']:8d}")
+    accepted = "  ".join(f"{x:.3f}" for x in result["categories"]["all"]["acceptance_per_depth"])
+    out.append(f"acceptance per depth: {accepted}")
+    out.append(f"tree savings: {result['merged_share']:.1%} of the beams' tokens are shared prefixes")
+    return out

@@ -1,0 +1,377 @@
+"""A training run in its folder:
+
+RUN/run.json      what it is a function of        RUN/checkpoints/  where it can go on
+RUN/log.jsonl     what happened                   RUN/drafter/      the best drafter so far
+
+The same command goes on where the last one stopped, bit for bit on the CPU: batch n is a function of the data and the
+seed, the learning rate of the step (with ``minutes`` of the clock), and everything else is in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from redrafter import __version__
+from redrafter.backends.torch.checkpoint import save_drafter
+from redrafter.backends.torch.drafter import DrafterConfig
+from redrafter.errors import InvalidRequest, TrainingDiverged
+from redrafter.models.integrity import read_json
+from redrafter.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from redrafter.train.evaluate import TREE_SIZES, Evaluation, evaluation_shape, heldout_texts, table, training_texts
+from redrafter.train.files import ASIDE, remove_leftovers, weights_sha256, write_json
+from redrafter.train.learner import Group, Learner
+from redrafter.train.losses import HeadLoss
+from redrafter.train.report import Reporter, TrainProgress
+from redrafter.train.samples import Loader, Samples, frequent_tokens
+from redrafter.train.settings import TrainSettings, drafter_bytes, drafter_config
+from redrafter.train.target import OpenModel
+from redrafter.train.trainer import StepReport
+
+RUN, CHECKPOINTS, DRAFTER = "run.json", "checkpoints", "drafter"
+
+
+class Conduct(NamedTuple):
+    """How a run is watched and kept: nothing here changes the weights."""
+
+    save_every: int = 200
+    keep: int = 3
+    log_every: int = 50
+    stop_after: float = math.inf
+    """seconds of this call, after which it saves and ends"""
+    tensorboard: bool = False
+    compile: bool = False
+    quiet: bool = False
+
+
+@dataclass
+class Progress:
+    """The scalars of a checkpoint. ``batch`` is the number of the next batch."""
+
+    step: int = 0
+    batch: int = 0
+    anchors: int = 0
+    trained_seconds: float = 0.0
+    best: float = 0.0
+    best_step: int = 0
+    without_better: int = 0
+    evaluated: int = 0
+
+
+class Stop:
+    """SIGTERM and Ctrl-C ask for an end after the current step; a second Ctrl-C ends at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def resolved(settings: TrainSettings, device: torch.device) -> TrainSettings:
+    """Sizes that the device decides, made explicit, so that run.json and the checkpoints record them."""
+    cpu = device.type == "cpu"
+    values = asdict(settings)
+    values["batch_tokens"] = settings.batch_tokens or (4096 if cpu else 32768)
+    values["chunk"] = settings.chunk or (1024 if cpu else 4096)
+    return TrainSettings(**values)
+
+
+class Run:
+    def __init__(
+        self, model: OpenModel, samples: Samples, folder: Path, settings: TrainSettings, conduct: Conduct
+    ) -> None:
+        self.called = time.monotonic()
+        self.model, self.samples, self.folder, self.conduct = model, samples, folder, conduct
+        self.group = Group(model.device)
+        self.settings = settings = resolved(settings, model.device)
+        if settings.batches_per_step % self.group.world:
+            raise InvalidRequest(
+                f"batches_per_step={settings.batches_per_step} is not divisible by {self.group.world} processes: "
+                f"use a multiple of {self.group.world}"
+            )
+        self.config = drafter_config(settings, model.files.config)
+        self.loader = Loader(
+            samples, min(settings.row_length, model.context_limit), settings.batch_tokens, settings.seed
+        )
+        self.total_steps = settings.steps or math.ceil(
+            settings.epochs * self.loader.epoch_batches / settings.batches_per_step
+        )
+        self.facts = self._facts()
+        self._check_folder()
+        target = model.target(self.config.feature_layers)
+        counts = samples.token_counts(self.config.vocab_size, heldout=False)
+        size = self.config.draft_vocabulary
+        chosen = torch.from_numpy(frequent_tokens(counts, size)) if size else torch.arange(self.config.vocab_size)
+        self.coverage = round(float(counts[chosen.numpy()].sum() / max(1, counts.sum())), 5)
+        loss = HeadLoss(settings.loss, settings.ce_weight, settings.mix_decay, settings.chunk, conduct.compile)
+        self.learner = Learner(settings, self.config, target, chosen, loss, self.group)
+        self.progress = Progress()
+        self._unchecked: list[tuple[int, Tensor]] = []
+        self.last: dict[str, Any] = {}
+
+    def _facts(self) -> dict[str, Any]:
+        """What the weights are a function of."""
+        model, samples, settings = self.model, self.samples, self.settings
+        return {
+            "redrafter": __version__,
+            "model": model.files.name,
+            "model_sha256": weights_sha256(model.files),
+            "data_sha256": samples.sha256,
+            "device": model.device.type,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "settings_sha256": settings.sha256(),
+            "settings": json.loads(json.dumps(asdict(settings))),
+        }
+
+    def _check_folder(self) -> None:
+        path = self.folder / RUN
+        if not path.is_file():
+            if self.group.rank == 0:
+                write_json(path, self.facts)
+            return
+        found = read_json(path)
+        old = {**found.get("settings", {}), **found}
+        for key, value in {**self.facts["settings"], **self.facts}.items():
+            if key not in ("settings", "settings_sha256", "model", "redrafter") and old.get(key) != value:
+                raise InvalidRequest(
+                    f"{self.folder} was begun with {key}={old.get(key)!r}, not {value!r}: use the same or another --out"
+                )
+
+    def resume(self, say: Callable[[str], None]) -> None:
+        checkpoint = newest_checkpoint(self.folder / CHECKPOINTS, say)
+        if checkpoint is None:
+            return
+        if checkpoint.state["settings_sha256"] != self.facts["settings_sha256"]:
+            raise InvalidRequest(f"{self.folder}: its checkpoints are of other settings: use another --out")
+        self.progress = Progress(**checkpoint.state["progress"])
+        self.learner.load(checkpoint.tensors)
+        say(f"going on at step {self.progress.step}")
+
+    # Where the run stands.
+
+    @property
+    def fraction(self) -> float:
+        if self.total_steps:
+            return self.progress.step / self.total_steps
+        return self.progress.trained_seconds / (60 * self.settings.minutes)
+
+    @property
+    def finished(self) -> bool:
+        patience = self.settings.patience
+        return self.fraction >= 1 or 0 < patience <= self.progress.without_better
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the end of the schedule; returns what was reached. KeyboardInterrupt after a signal, saved."""
+        remove_leftovers(self.folder)
+        say = _Early()
+        self.resume(say)
+        leader = self.group.rank == 0
+        self.reporter = Reporter(
+            self.folder if leader else self.folder / f"rank-{self.group.rank}",
+            self.progress.step,
+            tensorboard=self.conduct.tensorboard and leader,
+            quiet=self.conduct.quiet or not leader,
+        )
+        for line in say.lines:
+            self.reporter.say(line)
+        self.texts = heldout_texts(self.samples, self.settings.eval_texts)
+        if not self.texts:
+            self.texts = training_texts(self.samples, self.settings.eval_texts)
+            self.reporter.say(
+                "no held-out greedy text in the data: selecting by texts that are trained on; make more data"
+            )
+        self.learner.distiller.prepare()
+        with Stop() as stop:
+            try:
+                self._steps(stop)
+            finally:
+                self.reporter.close()
+                self.group.close()
+        if stop.asked:
+            raise KeyboardInterrupt
+        return self.summary()
+
+    def _steps(self, stop: Stop) -> None:
+        mark, anchors = time.monotonic(), self.progress.anchors
+        while not self.group.any(self.finished):
+            started = time.monotonic()
+            report = self._step()
+            # Evaluation and saving are no training time: the clock of the schedule stops for them.
+            elapsed = torch.tensor([time.monotonic() - started], dtype=torch.float64, device=self.model.device)
+            self.group.sum([elapsed])
+            self.progress.trained_seconds += float(elapsed) / self.group.world
+            step, late = self.progress.step, time.monotonic() - self.called > self.conduct.stop_after
+            ending = self.group.any(stop.asked or late)
+            done = self.group.any(self.finished)
+            if step % self.conduct.log_every == 0 or step <= 3 or done or ending:
+                self._log(report, (self.progress.anchors - anchors) / max(1e-9, time.monotonic() - mark))
+                mark, anchors = time.monotonic(), self.progress.anchors
+            if step % self.settings.eval_every == 0 or done:
+                self.check_losses()
+                self.evaluate()
+            if step % self.conduct.save_every == 0 or done or ending or step % self.settings.eval_every == 0:
+                self.check_losses()
+                self.save()
+            if ending:
+                return
+
+    def _step(self) -> StepReport:
+        settings, world = self.settings, self.group.world
+        numbers = range(self.progress.batch, self.progress.batch + settings.batches_per_step)
+        mine = [n for i, n in enumerate(numbers) if i % world == self.group.rank]
+        batches = [self.loader.batch(n, settings.draft_length, settings.chunk, settings.anchors) for n in mine]
+        report = self.learner.update(batches, self.progress.step, self.fraction)
+        self._unchecked.append((self.progress.batch, report.loss))
+        self.progress.step += 1
+        self.progress.batch = numbers.stop
+        self.progress.anchors += sum(int((b.depths > 0).sum()) for b in batches) * world
+        if self.model.device.type == "cpu":
+            self.check_losses()
+        return report
+
+    def check_losses(self) -> None:
+        """Raises TrainingDiverged naming the first batch whose loss is no number. Waits for the device."""
+        for batch, loss in self._unchecked:
+            if not math.isfinite(float(loss)):
+                last = self.settings.batches_per_step + batch - 1
+                epoch = batch // self.loader.epoch_batches
+                raise TrainingDiverged(
+                    f"the loss became {float(loss)} at batches {batch} to {last} (epoch {epoch}, "
+                    f"step {self.progress.step}): the last checkpoint is intact; lower lr={self.settings.lr}"
+                )
+        self._unchecked.clear()
+
+    def _log(self, report: StepReport, rate: float) -> None:
+        self.check_losses()
+        p = self.progress
+        line: dict[str, Any] = {"step": p.step, "batch": p.batch, "anchors": p.anchors}
+        line |= {"loss": round(float(report.loss), 5), "lr": self.learner.optimizer.param_groups[0]["lr"]}
+        line |= {"overlap": _round(report.overlap_K), "hit": _round(report.hit_K)}
+        line |= {"trained_seconds": round(p.trained_seconds, 3), "anchors_per_second": round(rate)}
+        self.reporter.log(line)
+        left = p.trained_seconds / max(1e-9, self.fraction) * max(0.0, 1 - self.fraction)
+        last = self.last.get("tokens_per_step")
+        self.reporter.progress(
+            TrainProgress(p.step, min(1.0, self.fraction), left, line["loss"], line["hit"], rate, last)
+        )
+
+    def evaluate(self) -> None:
+        """Simulated tokens per step with the real tree; the best drafter becomes RUN/drafter."""
+        p = self.progress
+        if p.evaluated == p.step:
+            return
+        better = torch.zeros(2, device=self.model.device)
+        if self.group.rank == 0:
+            drafter = self.learner.averaged()
+            evaluation = Evaluation(self.learner.target, self.learner.averaged())
+            shape = evaluation_shape(drafter)
+            measured = evaluation.lengths(self.texts, evaluation.contexts(self.texts), shape, 0, rows=2048)
+            found = table(self.texts, measured.lengths, TREE_SIZES)
+            value = found[str(max(TREE_SIZES))]["tokens_per_step"]
+            self.last = {"tokens_per_step": value, "merged_share": round(measured.merged, 4)}
+            self.reporter.log({"step": p.step, **self.last, "by_tree_size": found})
+            better = torch.tensor([float(value > p.best), value], device=self.model.device)
+            if value > p.best:
+                self._publish(drafter, found)
+        self.group.sum([better])
+        p.evaluated, p.without_better = p.step, 0 if better[0] > 0 else p.without_better + 1
+        if better[0] > 0:
+            p.best, p.best_step = round(float(better[1]), 4), p.step
+
+    def _publish(self, drafter: Any, found: dict[str, Any]) -> None:
+        aside, old, final = (self.folder / name for name in (ASIDE + DRAFTER, ASIDE + "old-" + DRAFTER, DRAFTER))
+        data = {"samples": len(self.samples), "coverage": self.coverage}
+        trained = {"step": self.progress.step, "anchors": self.progress.anchors}
+        measured = {n: v["tokens_per_step"] for n, v in found.items() if n.isdigit()}
+        facts = self.facts | {"data": data, "trained": trained, "heldout_tokens_per_step": measured}
+        for path in (aside, old):
+            shutil.rmtree(path, ignore_errors=True)
+        save_drafter(drafter, aside, facts)
+        if final.exists():
+            final.rename(old)
+        os.rename(aside, final)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def save(self) -> None:
+        if self.group.rank == 0:
+            state = {"progress": asdict(self.progress), "settings_sha256": self.facts["settings_sha256"]}
+            checkpoint = Checkpoint(self.progress.step, self.learner.tensors(), state)
+            save_checkpoint(self.folder / CHECKPOINTS, checkpoint, self.conduct.keep)
+
+    def summary(self) -> dict[str, Any]:
+        size = drafter_bytes(self.config)
+        return {
+            "steps": self.progress.step,
+            "finished": self.finished,
+            "best_tokens_per_step": self.progress.best,
+            "best_step": self.progress.best_step,
+            "drafter": str(self.folder / DRAFTER),
+            "drafter_bytes": size.stored,
+            "draft_bytes_per_depth": size.per_depth,
+            "coverage": self.coverage,
+        }
+
+
+class _Early:
+    """Keeps what is said before there is a reporter."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def __call__(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def _round(values: Tensor) -> list[float]:
+    return [round(x, 4) for x in values.tolist()]
+
+
+def estimate(model: OpenModel, samples: Samples, settings: TrainSettings) -> dict[str, Any]:
+    """What a run would do, without loading the model. Memory is an estimate, within a third or so."""
+    settings = resolved(settings, model.device)
+    config: DrafterConfig = drafter_config(settings, model.files.config)
+    loader = Loader(samples, min(settings.row_length, model.context_limit), settings.batch_tokens, settings.seed)
+    steps = settings.steps or math.ceil(settings.epochs * loader.epoch_batches / settings.batches_per_step)
+    size = drafter_bytes(config)
+    width = torch.finfo(model.dtype).bits // 8
+    files = sum(path.stat().st_size for path in model.files.path.glob("*.safetensors"))
+    tokens, vocabulary = settings.batch_tokens, config.vocab_size
+    working = tokens * config.vocabulary * width + 6 * settings.chunk * config.vocabulary * 4
+    working += tokens * config.feature_size * width * 3 + 8 * tokens * config.hidden_size * config.draft_length * 4
+    memory = files + vocabulary * config.hidden_size * 4 + size.stored // 2 * 4 * 5 + working
+    return {
+        "steps": steps or None,
+        "minutes": settings.minutes or None,
+        "batches_per_epoch": loader.epoch_batches,
+        "tokens_per_step": settings.batch_tokens * settings.batches_per_step,
+        "tokens": settings.batch_tokens * settings.batches_per_step * steps or None,
+        "memory_bytes": memory,
+        "drafter_bytes": size.stored,
+        "bytes_read_per_step": size.per_step,
+        "bytes_read_per_depth": size.per_depth,
+        "drafter": config.to_dict(),
+    }
