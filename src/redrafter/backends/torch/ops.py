@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,6 +56,8 @@ class TorchOps:
         return torch.cumsum(x, dim=-1)
 
     def sort_descending(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":  # numpy's vectorised sort takes a third of the time of torch's, which keeps indices
+            return -torch.from_numpy(np.sort((-x).numpy(), axis=-1))
         return torch.sort(x, dim=-1, descending=True).values
 
     def logsumexp(self, x: Tensor) -> Tensor:
