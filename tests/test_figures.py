@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from redrafter.cli import COMMANDS
+from redrafter.cli.bench import bench
 from redrafter.cli.generate import generate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,7 +61,7 @@ def test_a_figure_without_provenance_and_a_readme_without_markers_are_refused() 
 def test_commands_and_options_named_in_the_readme_exist() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^(?:\$ )?redrafter (\w+)", readme, re.MULTILINE)) <= set(COMMANDS)
-    hints = generate.__annotations__
+    hints = {**bench.__annotations__, **generate.__annotations__}
     named = {option for hint in hints.values() for option in re.findall(r"--[\w-]+", str(hint))}
     named |= {f"--{name.replace('_', '-')}" for name in hints} | {"--debug", "--json", "--version"}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", readme)) <= named

@@ -212,3 +212,18 @@ def test_a_quantised_folder_through_the_front_door(folders: dict[str, Path]) -> 
     )
     plain, _ = run(engine.without_speculation(), PROMPT, params("greedy"))
     assert run(engine, PROMPT, params("greedy"))[0] == plain
+
+
+def test_a_result_names_the_device_that_computed(
+    monkeypatch: pytest.MonkeyPatch, backends: dict[str, MLXBackend]
+) -> None:
+    from redrafter.bench.provenance import machine, peak_memory_bytes
+
+    device = backends["llama"].device
+    facts, memory = machine(device), peak_memory_bytes(device)
+    assert facts["packages"]["mlx"] and memory["host"]
+    on_gpu = device == mx.gpu
+    assert (facts["gpu"] is not None, memory["gpu"] is not None) == (on_gpu, on_gpu)
+    monkeypatch.setattr(mx, "device_info", lambda device: {"device_name": "Apple M2 Ultra"})
+    assert machine(mx.Device(mx.gpu))["device"] == "Apple M2 Ultra"
+    assert isinstance(peak_memory_bytes(mx.Device(mx.gpu))["gpu"], int)

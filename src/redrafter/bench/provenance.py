@@ -68,7 +68,7 @@ def command_line(arguments: Sequence[str]) -> str:
 
 
 def machine(device: Any) -> dict[str, Any]:
-    """The processor, its threads, the versions, and the GPU with its clocks. ``device`` is a torch.device."""
+    """The processor, its threads, the versions, and the GPU (under CUDA its clocks). ``device`` is torch's or MLX's."""
     import torch
 
     affinity = getattr(os, "sched_getaffinity", None)
@@ -94,9 +94,17 @@ def machine(device: Any) -> dict[str, Any]:
                 "--format=csv,noheader",
             ),
         }
+    elif _on_mlx_gpu(device):
+        import mlx.core as mx
+
+        facts["gpu"] = {"name": mx.device_info(device)["device_name"]}
     threads = f"{facts['threads']} thread{'s' if facts['threads'] > 1 else ''}"
     facts["device"] = facts["gpu"]["name"] if facts["gpu"] else f"{facts['cpu']}, {threads}"
     return facts
+
+
+def _on_mlx_gpu(device: Any) -> bool:
+    return type(device).__module__ == "mlx.core" and str(device.type).endswith("gpu")
 
 
 def load_average() -> float | None:
@@ -140,7 +148,7 @@ def models(files: ModelFiles, drafter: Path | None) -> dict[str, Any]:
 
 
 def peak_memory_bytes(device: Any) -> dict[str, int | None]:
-    """The most this process has held so far: resident on the host, and allocated by torch on the GPU."""
+    """The most this process has held so far: resident on the host, and allocated on the GPU by torch or MLX."""
     import torch
 
     host = None
@@ -149,7 +157,14 @@ def peak_memory_bytes(device: Any) -> dict[str, int | None]:
 
         # Kilobytes on Linux, bytes on macOS.
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"host": host, "gpu": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None}
+    gpu = None
+    if device.type == "cuda":
+        gpu = torch.cuda.max_memory_allocated(device)
+    elif _on_mlx_gpu(device):
+        import mlx.core as mx
+
+        gpu = mx.get_peak_memory()
+    return {"host": host, "gpu": gpu}
 
 
 def now() -> str:

@@ -13,7 +13,10 @@ import typer
 
 from redrafter import __version__
 
-PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "huggingface-hub", "gguf", "typer", "rich", "triton")
+PACKAGES = (
+    *("torch", "transformers", "safetensors", "tokenizers", "huggingface-hub", "gguf", "typer", "rich", "triton"),
+    *("mlx", "mlx-lm"),
+)
 
 
 def register(app: typer.Typer) -> None:
