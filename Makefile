@@ -30,12 +30,12 @@ help:
 	@touch $@
 
 .venv/tests: .venv/made $(PINNED)
-	$(PIP) -e '.[test,kernels]'
+	$(PIP) -e '.[test]'
 	@$(PIP) --only-binary mlx,mlx-cpu,mlx-metal -e '.[mlx]' || echo "no MLX for this machine: its tests will be skipped"
 	@touch $@
 
 .venv/lints: .venv/made $(PINNED)
-	$(PIP) -e '.[dev,kernels]'
+	$(PIP) -e '.[dev]'
 	@touch $@
 
 # Pinned threads: the two runs that are compared should not move between cores.
