@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from redrafter.backends.torch.drafter import Drafter, DrafterConfig
+from redrafter.models.integrity import sha256
+from redrafter.train.samples import ShardWriter, write_manifest
 from redrafter.train.target import TrainingTarget
+from redrafter.train.writing import Writer, WritingConfig
 
 WORDS = 60
 TEMPLATE = (
@@ -74,3 +78,19 @@ def tiny_drafter() -> Drafter:
     )
     drafter.token_ids.copy_(torch.randperm(64)[:40])
     return drafter.requires_grad_(True)
+
+
+@pytest.fixture(scope="session")
+def data(target: TrainingTarget, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Greedy texts from a few starts: short, repetitive, learnable in seconds."""
+    folder = tmp_path_factory.mktemp("data")
+    shard = ShardWriter(64)
+    prompts = [np.array([1, 2, i % 60 + 4, i // 60 + 4]) for i in range(180)]
+    settings = WritingConfig(max_new=40, drop_loops=False)
+    for text in Writer(target, {0}, cache_tokens=180 * 44).write(prompts, settings):
+        if len(text.tokens) > 3:
+            heldout = text.row % 9 == 0
+            shard.add(prompts[text.row], text.tokens, sampled=False, ended=text.ended, heldout=heldout)
+    shard.write(folder / "shard-00000.safetensors", {})
+    write_manifest(folder, {"shard-00000.safetensors": sha256(folder / "shard-00000.safetensors")}, {})
+    return folder

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +9,18 @@ import pytest
 import torch
 
 from redrafter.algorithm.beam import Reading, draft
-from redrafter.backends.torch.checkpoint import load_drafter
 from redrafter.backends.torch.drafter import Drafter
 from redrafter.backends.torch.drafting import TorchDrafter
 from redrafter.backends.torch.ops import TorchOps
-from redrafter.errors import InvalidRequest
+from redrafter.errors import CorruptModel, InvalidRequest
+from redrafter.models.integrity import sha256
 from redrafter.params import DecodeConfig
-from redrafter.train import distill, evaluate
 from redrafter.train.losses import HeadLoss, Teaching, chunk_loss, survival_weights, teach
-from redrafter.train.samples import Samples, ShardWriter, batches, frequent_tokens, make_batch
+from redrafter.train.samples import Loader, Samples, ShardWriter, frequent_tokens, make_batch, write_manifest
 from redrafter.train.target import TrainingTarget
 from redrafter.train.trainer import Distiller, unroll
 from redrafter.train.writing import Writer, WritingConfig
+from tests.model_folders import flip_bit
 
 DEPTHS = 4
 
@@ -111,7 +109,7 @@ def test_gradient_equals_autograd(share: float, soft_ce: tuple[float, float]) ->
     assert torch.allclose(out.gradient, z.grad, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["kl", "mix", "ce"])
+@pytest.mark.parametrize("kind", ["kl", "tv", "mix", "ce"])
 def test_head_loss_does_not_depend_on_the_chunk(kind: str) -> None:
     torch.manual_seed(0)
     head, exit_hidden = torch.randn(20, 8), torch.randn(12, 8)
@@ -135,65 +133,58 @@ def test_survival_weights_are_the_gradient_of_the_expected_length() -> None:
     assert torch.allclose(got, expected / expected.sum(), atol=1e-6)
 
 
+def test_an_own_head_gets_the_gradient_of_autograd() -> None:
+    torch.manual_seed(0)
+    head, exit_hidden = torch.randn(20, 8, requires_grad=True), torch.randn(12, 8)
+    teaching = Teaching(torch.randn(15, 20).softmax(-1), torch.randint(0, 20, (15,)))
+    row, weight = torch.arange(12) + 2, torch.rand(12)
+    loss = HeadLoss("kl", 0.0, 1.0, 5, False)
+    loss(exit_hidden, head, teaching, row, weight, torch.tensor(1.0))[0].backward()
+    got, head.grad = head.grad, None
+    p = teaching.probability[row]
+    kl = (p * (p.log() - (exit_hidden @ head.T).log_softmax(-1))).sum(-1)
+    (weight * kl).sum().backward()
+    assert torch.allclose(got, head.grad, atol=1e-5)
+
+
+def test_cross_entropy_learns_the_labels_of_the_text(target: TrainingTarget, tiny_drafter: Drafter) -> None:
+    text = np.random.default_rng(0).integers(0, 64, 12)
+    distiller = Distiller(target, tiny_drafter, HeadLoss("ce", 0.0, 1.0, 8, False), 0.1)
+    batch = make_batch([text], [4], DEPTHS, chunk=8)
+    tokens, taught = torch.from_numpy(batch.tokens), torch.from_numpy(batch.taught)
+    choice = distiller.teach(target.features(tokens), tokens.flatten(), taught).choice
+    for position, index in zip(taught.tolist(), choice.tolist(), strict=True):
+        following = int(text[position + 1])
+        known = following in tiny_drafter.token_ids.tolist()
+        assert (int(tiny_drafter.token_ids[index]) == following) if known else index == -1
+
+
 def test_frequent_tokens_are_sorted_and_counted_in_answers_only(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, 64)
+    writer = ShardWriter(64)
     writer.add(np.array([9, 9, 9]), np.array([5, 5, 6]), sampled=False, ended=True, heldout=False)
     writer.add(np.array([9]), np.array([7, 7, 7, 7]), sampled=False, ended=True, heldout=True)
-    writer.flush()
+    writer.write(tmp_path / "shard-00000.safetensors", {})
+    with pytest.raises(InvalidRequest, match="it is no data folder"):
+        Samples([tmp_path])
+    write_manifest(tmp_path, {"shard-00000.safetensors": sha256(tmp_path / "shard-00000.safetensors")}, {})
     samples = Samples([tmp_path])
     assert frequent_tokens(samples.token_counts(64, heldout=False), 3).tolist() == [5, 6, 0]
     assert frequent_tokens(samples.token_counts(64, heldout=True), 1).tolist() == [7]
-    with pytest.raises(InvalidRequest, match="run generate first"):
-        Samples([tmp_path / "absent"])
-
-
-@pytest.fixture(scope="module")
-def data(target: TrainingTarget, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Greedy texts from a few starts: short, repetitive, learnable in seconds."""
-    folder = tmp_path_factory.mktemp("data")
-    writer = ShardWriter(folder, 64)
-    prompts = [np.array([1, 2, i % 60 + 4, i // 60 + 4]) for i in range(180)]
-    settings = WritingConfig(max_new=40, drop_loops=False)
-    for text in Writer(target, {0}, cache_tokens=180 * 44).write(prompts, settings):
-        if len(text.tokens) > 3:
-            heldout = text.row % 9 == 0
-            writer.add(prompts[text.row], text.tokens, sampled=False, ended=text.ended, heldout=heldout)
-    writer.flush()
-    return folder
+    flip_bit(tmp_path / "shard-00000.safetensors", -1)
+    with pytest.raises(CorruptModel, match="was changed"):
+        Samples([tmp_path])
 
 
 def test_an_epoch_holds_every_training_sample_once(data: Path) -> None:
     samples = Samples([data])
-    whole = [t.tobytes() for texts, _ in batches(samples, 512, 500, seed=1) for t in texts]
-    wanted = [samples.text(i).tobytes() for i in range(len(samples)) if not samples.heldout[i]]
-    assert sorted(whole) == sorted(wanted)
-    assert all(len(t) * max(map(len, t)) <= 500 for t, _ in batches(samples, 512, 500, seed=1))
-    rest = [t.tobytes() for texts, _ in batches(samples, 512, 500, seed=1, skip=3) for t in texts]
-    assert 0 < len(rest) < len(whole) and whole[-len(rest) :] == rest
-
-
-ARGUMENTS = """--device cpu --dtype float32 --feature-layers 0 2 --exit-dim 32 --trunk-heads 4 --trunk-kv-heads 2
---draft-vocabulary 64 --draft-length 4 --chunk 256 --batch-tokens 1500 --lr 5e-3 --ema 0.9 --margin 0
---warmup-steps 10 --log-every 5"""
-MEASURE = "--device cpu --dtype float32 --draft-length 4 --beam-widths 2 --branching 2 --vocabularies 0"
-
-
-def test_a_drafter_learns_and_a_later_call_goes_on(model_folder: Path, data: Path, tmp_path: Path) -> None:
-    common = ["--model", str(model_folder), "--data", str(data), "--out", str(tmp_path), *shlex.split(ARGUMENTS)]
-    distill.main([*common, "--seconds", "0.1", "--total-seconds", "9"])
-
-    def tokens_per_step() -> float:
-        where = ["--model", str(model_folder), "--drafter", str(tmp_path / "drafter"), "--data", str(data)]
-        measured = evaluate.main([*where, *shlex.split(MEASURE)])
-        return measured["heldout W=2 V=64"]["8"]["tokens_per_step"]
-
-    first = tokens_per_step()
-    distill.main([*common, "--seconds", "60", "--total-seconds", "9", "--resume"])
-    second = tokens_per_step()
-    assert second > max(1.5, first + 0.3)
-    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    step = [line["step"] for line in log if "step" in line]
-    assert step == sorted(set(step)), "the second call goes on where the first one stopped"
-    assert log[-1]["trained_seconds"] >= 9
-    assert log[-1]["lr"] == pytest.approx(5e-3 * 0.05, rel=0.3)
-    assert load_drafter(tmp_path / "drafter").token_ids.unique().numel() == 64
+    loader = Loader(samples, 512, 500, seed=1)
+    count = loader.epoch_batches
+    rows = [loader.rows(n)[0] for n in range(2 * count)]
+    wanted = sorted(samples.text(i).tobytes() for i in range(len(samples)) if not samples.heldout[i])
+    for epoch in (rows[:count], rows[count:]):
+        assert sorted(t.tobytes() for texts in epoch for t in texts) == wanted
+    assert all(len(t) * max(map(len, t)) <= 500 for t in rows)
+    assert [t.tobytes() for t in rows[0]] != [t.tobytes() for t in rows[count]]
+    again = Loader(samples, 512, 500, seed=1)
+    number = count + 1
+    assert [t.tobytes() for t in again.rows(number)[0]] == [t.tobytes() for t in rows[number]]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoTokenizer
 
 from redrafter.algorithm.beam import DraftBeams
 from redrafter.algorithm.tree import pack
@@ -18,7 +17,17 @@ from redrafter.backends.torch.load import TorchBackend, make_target
 from redrafter.backends.torch.ops import TorchOps
 from redrafter.engine import Engine
 from redrafter.params import DecodeConfig, SamplingParams
-from redrafter.train.evaluate import AnswerText, Evaluation, accepted_lengths, answer_greedily, parser, steps, table
+from redrafter.train.evaluate import (
+    AnswerText,
+    Evaluation,
+    acceptance,
+    accepted_lengths,
+    answer_greedily,
+    merged_share,
+    steps,
+    table,
+)
+from redrafter.train.prompts import Prompt
 from redrafter.train.target import ATTENTION, TrainingTarget, attend
 from tests.tiny import drafter_config, make_model, run
 
@@ -73,7 +82,7 @@ def test_steps_equal_those_of_the_engine() -> None:
         shape = DecodeConfig(beam_width=width, branching=8, draft_length=4, tree_size=size)
         ids, statistics = run(Engine(backend, shape), prompt, SamplingParams(max_new_tokens=60))
         text = AnswerText(np.array(prompt + ids), len(prompt))
-        lengths = evaluation.lengths([text], evaluation.contexts([text]), shape, vocabulary=0, rows=16)
+        lengths = evaluation.lengths([text], evaluation.contexts([text]), shape, vocabulary=0, rows=16).lengths
         assert steps(lengths[0][:, -1]) == statistics.steps
         found = table([text], lengths, (size,))[str(size)]["tokens_per_step"]
         assert found == pytest.approx(statistics.tokens_per_step, abs=1e-3)
@@ -82,18 +91,35 @@ def test_steps_equal_those_of_the_engine() -> None:
 
 
 def test_a_drafter_that_knows_nothing_makes_one_token_per_step_and_tables_say_so(
-    model_folder: Path, target: TrainingTarget, tiny_drafter: Drafter, tmp_path: Path
+    model_folder: Path, target: TrainingTarget, tiny_drafter: Drafter
 ) -> None:
-    questions = tmp_path / "questions.jsonl"
-    questions.write_text("\n".join(json.dumps({"turns": [f"w{i} w{i + 2}"], "category": "c"}) for i in range(5)))
-    args = parser().parse_args(["--model", str(model_folder), "--drafter", "unused", "--max-new", "20"])
-    texts = answer_greedily(args, target, questions)
+    prompts = [Prompt([{"role": "user", "content": f"w{i} w{i + 2}"}], "c") for i in range(5)]
+    texts = answer_greedily(target, AutoTokenizer.from_pretrained(model_folder), prompts, 20)
     assert len(texts) == 5 and all(isinstance(t, AnswerText) and 1 <= len(t.tokens) - t.start <= 20 for t in texts)
     evaluation = Evaluation(target, tiny_drafter)
     contexts = evaluation.contexts(texts, batch_tokens=64)
     shape = DecodeConfig(beam_width=4, branching=4, draft_length=4, tree_size=16)
-    lengths = evaluation.lengths(texts, contexts, shape, vocabulary=0, rows=7)
+    measured = evaluation.lengths(texts, contexts, shape, vocabulary=0, rows=7)
+    lengths = measured.lengths
+    assert 0 < measured.merged < 1
     assert [len(x) for x in lengths] == [len(t.tokens) - t.start for t in texts]
     found = table(texts, lengths, (1, 16))
     assert found["1"]["tokens_per_step"] == 1
     assert 1 <= found["16"]["tokens_per_step"] < 3
+
+
+def test_merged_share_equals_a_count_of_distinct_prefixes() -> None:
+    for seed in range(5):
+        beams = random_beams(seed)._replace(final=torch.tensor([[5, 6]]))  # 0 -> 2 -> 5 and 1 -> 4 -> ..
+        distinct = set()
+        for slot in beams.final[0].tolist():
+            while slot >= 0:
+                distinct.add(slot)
+                slot = int(beams.parent[0, slot])
+        assert merged_share(beams).item() == pytest.approx(1 - len(distinct) / 6)
+
+
+def test_acceptance_counts_steps_that_came_that_far() -> None:
+    # Steps at tokens 0 (2 accepted), 3 (0 accepted) and 4 (1 accepted).
+    lengths = [np.array([[2], [9], [9], [0], [1], [9]])]
+    assert acceptance(lengths, 3) == [0.6667, 0.5, 0.0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from redrafter.errors import UnsupportedModel
-from redrafter.train import generate
-from redrafter.train.chat import chat_frame, encode
-from redrafter.train.generate import group_by_length
-from redrafter.train.samples import Samples
+from redrafter.train.chat import chat_frame
+from redrafter.train.data import group_by_length
 from redrafter.train.target import TrainingTarget
 from redrafter.train.writing import Writer, WritingConfig, distinct_share, loops, pick
 
@@ -82,44 +79,3 @@ def test_frame_renders_what_the_template_renders(model_folder: Path) -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{{ m['content'] }}{% endfor %}"
     with pytest.raises(UnsupportedModel, match="2 times"):
         chat_frame(tokenizer)
-
-
-def test_generate_writes_prompts_and_answers(model_folder: Path, tmp_path: Path) -> None:
-    real = tmp_path / "real.jsonl"
-    real.write_text("\n".join(json.dumps({"prompt": f"w{i} w{i + 1} w7"}) for i in range(12)))
-    out = tmp_path / "data"
-    sizes = [
-        "--rows",
-        "64",
-        "--prompt-rows",
-        "64",
-        "--max-new",
-        "24",
-        "--max-prompt",
-        "24",
-        "--pool",
-        "40",
-        "--loop-share",
-        "0.3",
-    ]
-    common = ["--model", str(model_folder), "--device", "cpu", "--dtype", "float32", "--cache-tokens", "8192"]
-    where = ["--out", str(out), "--prompts", str(real), "--seconds", "4"]
-    report = generate.main([*common, *sizes, *where])
-    counts = report["counts"]
-    samples = Samples([out])
-    assert counts["real_prompts"] == 12
-    assert counts["own_prompts"] > 20
-    assert len(samples) == counts["kept"] > 20
-    assert counts["kept_sampled"] == samples.sampled.sum() > 0
-    assert counts["answers"] == counts["kept"] - counts.get("kept_looping", 0) + counts.get(
-        "answers_looping", 0
-    ) + counts.get("answers_too_short", 0)
-    assert counts["kept_answer_tokens"] == (samples.end - samples.begin - samples.answer_start).sum()
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    before, after = (encode(tokenizer, [part])[0] for part in chat_frame(tokenizer))
-    for i in range(len(samples)):
-        text, start = samples.text(i).tolist(), int(samples.answer_start[i])
-        assert text[: len(before)] == before
-        assert text[start - len(after) : start] == after
-        assert 0 not in text[start:-1]
-        assert (text[-1] == 0) == bool(samples.ended[i])

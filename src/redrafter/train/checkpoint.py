@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from redrafter.errors import CorruptModel
-from redrafter.models.integrity import read_json, verify_manifest, write_manifest
+from redrafter.models.integrity import MANIFEST, read_json, verify_manifest, write_manifest
 from redrafter.train.files import ASIDE, flush, publish, remove_leftovers
 
 TENSORS, STATE, LATEST = "tensors.safetensors", "state.json", "latest"
@@ -57,9 +57,13 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Raises CorruptModel naming the file unless both files are what the manifest says."""
-    listed = read_json(path / "manifest.json").get("files")
+    manifest = read_json(path / MANIFEST)
+    # Nothing vouches for the manifest itself, so it must be, byte for byte, what is written for its contents.
+    if (path / MANIFEST).read_text(encoding="utf-8") != json.dumps(manifest, indent=2, sort_keys=True) + "\n":
+        raise CorruptModel(f"{path / MANIFEST} is not as it was written: the checkpoint is damaged")
+    listed = manifest.get("files")
     if not isinstance(listed, dict) or set(listed) != {TENSORS, STATE}:
-        raise CorruptModel(f"{path / 'manifest.json'} must list {TENSORS} and {STATE}: the checkpoint is damaged")
+        raise CorruptModel(f"{path / MANIFEST} must list {TENSORS} and {STATE}: the checkpoint is damaged")
     verify_manifest(path)
     state = read_json(path / STATE)
     if f"step-{state.get('step', -1):08d}" != path.name:

@@ -155,7 +155,8 @@ class Generation:
             for key, value in {**asked["settings"], **asked}.items():
                 if key not in ("model", "settings") and same.get(key) != value:
                     raise InvalidRequest(
-                        f"{self.folder} was begun with {key}={same.get(key)!r}, not {value!r}: repeat it or change"
+                        f"{self.folder} was begun with {key}={same.get(key)!r}, not {value!r}: "
+                        "use the same or another --out"
                     )
             return found
         plan = asked | {

@@ -1,0 +1,66 @@
+"""The three commands of the README, from an empty folder, on a tiny model; then eval and card."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from redrafter.backends.torch.checkpoint import load_drafter
+from redrafter.cli import main
+from tests import fakes
+from tests.tiny import make_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("empty")
+    model = make_model("llama", attention="eager", vocab_size=280, eos_token_id=270)
+    with torch.no_grad():
+        # A random model hardly ever ends; this one does after some twenty tokens.
+        model.get_output_embeddings().weight[270] *= 3
+    model.save_pretrained(base / "my-model")
+    tokenizer = fakes.byte_level()
+    tokenizer.save_pretrained(base / "my-model")
+    return base
+
+
+def commands() -> list[list[str]]:
+    text = (ROOT / "docs" / "training.md").read_text()
+    block = re.search(r"```\n(redrafter data .*?)```", text, re.DOTALL)
+    assert block, "docs/training.md begins with the three commands"
+    import shlex
+
+    return [shlex.split(line)[1:] for line in block[1].strip().splitlines()]
+
+
+@pytest.mark.timeout(240)
+def test_the_three_commands_work_from_an_empty_folder(folder: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(folder)
+    three = commands()
+    assert [c[0] for c in three] == ["data", "train", "generate"]
+    for arguments in three:
+        assert main([*arguments, "--device", "cpu"]) == 0, capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert "tokens per step" in err and "no speculation" not in err
+    assert json.loads(out.splitlines()[1])["best_tokens_per_step"] >= 1
+    load_drafter(folder / "run" / "drafter")
+
+    questions = folder / "questions.jsonl"
+    questions.write_text('{"turns": ["why?"], "category": "mt_bench/a"}\n{"prompt": "how?", "category": "qa"}\n')
+    where = ["--model", "my-model", "--drafter", "run", "--prompts", "questions.jsonl", "--device", "cpu"]
+    assert main(["eval", *where, "--max-new-tokens", "30", "--json-out", "e.json"]) == 0
+    said = capsys.readouterr().out
+    assert "mt_bench" in said and "acceptance per depth" in said and "tree savings" in said
+    assert set(json.loads((folder / "e.json").read_text())["categories"]) == {"all", "mt_bench", "qa"}
+    assert main(["card", "run", "--eval", "e.json", "--generation", "data/manifest.json"]) == 0
+    card = (folder / "run" / "drafter" / "README.md").read_text()
+    assert card.startswith("# A drafter for my-model")
+    for words in ("mt_bench", "## Data", "kept answer tokens", "## Training", "model_sha256", "## Limits", "N=64"):
+        assert words in card
+    assert main(["eval", *where, "--category", "math"]) == 2
