@@ -15,7 +15,7 @@ import torch
 
 from redrafter.algorithm.accept import Accepted
 from redrafter.algorithm.tree import TokenTree
-from redrafter.backends.mlx.load import load_target, use_device
+from redrafter.backends.mlx.load import load_target, pick_dtype, use_device
 from redrafter.backends.mlx.target import PREFILL_CHUNK, MLXTarget
 from redrafter.errors import CorruptModel, InvalidRequest, OutOfMemory, UnsupportedModel
 from tests.mlx_backend.tiny import (
@@ -189,6 +189,13 @@ def test_dtypes(tmp_path: Path) -> None:
         target = load_target(folder, config_of(folder), name, FEATURES)
         assert target.dtype == name and target.cache.layers[0].dtype == target.mlx_dtype
         assert prefill(target, IDS).dtype == target.mlx_dtype
+    assert load_target(folder, config_of(folder), "auto").dtype == (
+        "bfloat16" if mx.default_device() == mx.gpu else "float32"
+    )
+    assert pick_dtype("auto", mx.bfloat16, on_gpu=False) == mx.float32
+    assert pick_dtype("auto", mx.float32, on_gpu=True) == mx.bfloat16
+    assert pick_dtype("auto", mx.float16, on_gpu=True) == mx.float16
+    assert pick_dtype("float16", mx.float32, on_gpu=True) == mx.float16
 
 
 def test_a_cache_that_does_not_fit_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:

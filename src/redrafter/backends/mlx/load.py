@@ -16,7 +16,7 @@ from redrafter.algorithm.sampling import Penalties, Sampling
 from redrafter.backends.mlx.drafter import Drafter
 from redrafter.backends.mlx.drafting import MLXDrafter
 from redrafter.backends.mlx.ops import MLXOps
-from redrafter.backends.mlx.target import PREFILL_CHUNK, MLXTarget
+from redrafter.backends.mlx.target import PREFILL_CHUNK, MLXTarget, check_architecture
 from redrafter.errors import CorruptModel, InvalidRequest, UnsupportedModel
 from redrafter.params import MAX_TREE
 
@@ -38,7 +38,8 @@ def use_device(name: str) -> None:
 def load_target(folder: Path, config: dict[str, Any], dtype: str, feature_layers: Sequence[int] = ()) -> MLXTarget:
     """A target from a folder that mlx-lm can load, its own quantised checkpoints included.
 
-    dtype auto: float32 on the CPU, else the type the weights are stored in. Quantised weights stay what they are.
+    dtype auto: float32 on the CPU; on a GPU the 16-bit type the weights are stored in, bfloat16 if they are float32.
+    Quantised weights stay what they are.
     """
     from mlx_lm.utils import load_model
 
@@ -51,13 +52,21 @@ def load_target(folder: Path, config: dict[str, Any], dtype: str, feature_layers
         if "not supported" in reason:
             raise UnsupportedModel(f"{folder}: mlx-lm does not know it ({reason}); use --backend torch") from error
         raise CorruptModel(f"{folder}: mlx-lm cannot load it ({reason}); fetch the model again") from error
-    if dtype == "auto" and mx.default_device() == mx.cpu:
-        dtype = "float32"
-    if dtype != "auto":
-        model.set_dtype(DTYPES[dtype])
+    check_architecture(model)
+    model.set_dtype(pick_dtype(dtype, model.model.norm.weight.dtype, mx.default_device() == mx.gpu))
     target = MLXTarget(model, feature_layers)
     mx.eval(model.parameters())
     return target
+
+
+def pick_dtype(name: str, stored: mx.Dtype, on_gpu: bool) -> mx.Dtype:
+    """The type to compute in; ``name`` is known. float16 is faster than bfloat16 on M1 and M2, but it has to be asked
+    for, since large activations overflow it."""
+    if name != "auto":
+        return DTYPES[name]
+    if not on_gpu:
+        return mx.float32
+    return mx.bfloat16 if stored == mx.float32 else stored
 
 
 def as_mlx_lm_reads(config: dict[str, Any]) -> dict[str, Any]:

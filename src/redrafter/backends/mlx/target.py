@@ -26,14 +26,13 @@ ROTARY = ("RoPE", "Llama3RoPE", "YarnRoPE")
 
 
 class MLXTarget:
-    """``prefill``, ``verify``, ``commit`` (algorithm/step.py) over a model of mlx-lm.
+    """``prefill``, ``verify``, ``commit`` (algorithm/step.py) over a model that ``check_architecture`` accepts.
 
     ``feature_layers``: layers whose output is kept beside the last hidden state after the final norm; features are
     [last ; layer ; layer ..].
     """
 
     def __init__(self, model: Any, feature_layers: Sequence[int] = ()) -> None:
-        check_architecture(model)
         self.model = model
         self.feature_layers = tuple(feature_layers)
         self.vocab_size: int = model.args.vocab_size
