@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from redrafter.bench.metrics import acceptance_per_depth, known_metrics, looping, quartiles, summarise
+from redrafter.bench.prompts import load_prompts
 from tests.bench.cases import BATCHES, RECORDS
 
 README = Path(__file__).resolve().parents[2] / "benchmarks" / "README.md"
@@ -80,3 +81,9 @@ def test_depths_that_some_runs_never_had_count_as_never_accepted() -> None:
 def test_quartiles_of_few() -> None:
     assert quartiles([2.0]) == (2.0, 2.0, 2.0)
     assert quartiles([1.0, 3.0]) == (1.5, 2.0, 2.5)
+
+
+def test_a_line_separator_inside_a_prompt_does_not_end_its_line(tmp_path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "one\u2028two"}\n{"prompt": "three"}\n', encoding="utf-8")
+    assert load_prompts(file).count == 2

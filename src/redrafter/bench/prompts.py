@@ -78,7 +78,7 @@ def load_prompts(path: Path | None) -> PromptSet:
     else:
         try:
             data = path.read_bytes()
-            lines = data.decode("utf-8").splitlines()
+            lines = data.decode("utf-8").split("\n")  # JSON may hold U+2028, which splitlines() splits at
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidRequest(
                 f"--prompts {path} cannot be read as UTF-8 text ({error}): name a JSONL file"
