@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,6 @@ def commands() -> list[list[str]]:
     text = (ROOT / "docs" / "training.md").read_text()
     block = re.search(r"```\n(redrafter data .*?)```", text, re.DOTALL)
     assert block, "docs/training.md begins with the three commands"
-    import shlex
-
     return [shlex.split(line)[1:] for line in block[1].strip().splitlines()]
 
 
@@ -47,9 +46,14 @@ def test_the_three_commands_work_from_an_empty_folder(folder: Path, monkeypatch,
     for arguments in three:
         assert main([*arguments, "--device", "cpu"]) == 0, capsys.readouterr().err
     out, err = capsys.readouterr()
-    assert "tokens per step" in err and "no speculation" not in err
+    assert "tokens per step" in err
     assert json.loads(out.splitlines()[1])["best_tokens_per_step"] >= 1
     load_drafter(folder / "run" / "drafter")
+    # On a model this small plain decoding may be what pays; a shape that is asked for is used.
+    assert main([*three[2], "--device", "cpu", "--tree-size", "8"]) == 0
+    again = capsys.readouterr()
+    assert "no speculation" not in again.err and "tokens per step" in again.err
+    assert again.out.strip() == "\n".join(out.splitlines()[2:]).strip(), "the same text"
 
     questions = folder / "questions.jsonl"
     questions.write_text('{"turns": ["why?"], "category": "mt_bench/a"}\n{"prompt": "how?", "category": "qa"}\n')

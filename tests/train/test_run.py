@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from redrafter.backends.torch.checkpoint import load_drafter
+from redrafter.backends.torch.checkpoint import load_drafter, read_metadata
 from redrafter.cli import main
 from redrafter.errors import InvalidRequest, TrainingDiverged
+from redrafter.load import known_shapes
 from redrafter.models.integrity import sha256
 from redrafter.train.learner import Learner
 from redrafter.train.run import Conduct, Run, estimate
@@ -76,6 +77,9 @@ def test_a_run_leaves_checkpoints_log_and_the_best_drafter(whole: Path) -> None:
     state = json.loads((whole / "checkpoints" / "step-00000012" / "state.json").read_text())["progress"]
     assert state["best"] == max(measured.values()) and state["batch"] == 24
     assert load_drafter(whole / "drafter").config.draft_vocabulary == 40
+    shapes = known_shapes(read_metadata(whole / "drafter"))
+    assert [s.config.draft_length for s in shapes] == [3], "no longer than it was trained for"
+    assert shapes[0].tokens_per_step >= 1
 
 
 @pytest.mark.parametrize("cut", [1, 5, 11])
@@ -188,7 +192,7 @@ def test_a_loss_that_is_no_number_names_the_batch(model_folder: Path, data: Path
         return report._replace(loss=report.loss * float("nan")) if step == 7 else report
 
     monkeypatch.setattr(Learner, "update", broken)
-    with pytest.raises(TrainingDiverged, match="batches 14 to 15 .*lower lr"):
+    with pytest.raises(TrainingDiverged, match=r"batches 14 to 15 .*lower lr"):
         make_run(model_folder, data, tmp_path / "run").fit()
     monkeypatch.undo()
     run = make_run(model_folder, data, tmp_path / "run")

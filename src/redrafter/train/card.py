@@ -27,7 +27,7 @@ def write_card(folder: Path, evaluations: list[Path], generation: Path | None) -
     where = folder / "drafter" if (folder / "drafter" / "config.json").is_file() else folder
     drafter, facts = load_drafter(where), read_metadata(where)
     size = drafter_bytes(drafter.config)
-    name = facts.get("model") or where.resolve().name
+    name = Path(facts.get("model") or where.resolve().name).name
     lines = [f"# A drafter for {name}", ""]
     lines += [f"A recurrent drafter of {size.stored / 1e6:.1f} MB that lets {name} answer sooner with the same text."]
     lines += [f"Per drafted token {size.per_depth / 1e6:.1f} MB of weights are read, the target's head rows included;"]

@@ -12,7 +12,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +33,8 @@ from redrafter.train.target import OpenModel, TrainingTarget
 from redrafter.train.writing import Text, Writer, WritingConfig, loops
 
 PLAN, LOCK = "plan.json", ".lock"
+EMPTY_ROUNDS = 8
+"""Rounds of own prompts without a usable new one, after which the model has no more to say."""
 Tell = Callable[["DataProgress"], None]
 
 
@@ -40,8 +42,9 @@ Tell = Callable[["DataProgress"], None]
 class DataSettings:
     """own: the target writes prompts, too; greedy_share: of the batches that answer its own prompts; temperatures: of
     the other batches; rows, prompt_rows: rows of a batch at most (0: by the device); pool: batches of prompts written
-    before they are answered; max_new: answer tokens; max_prompt, min_prompt: tokens of a prompt; tail: share of a
-    batch's rows at which stragglers are cut; loop_share: share of the looping answers that is kept; heldout_one_in:
+    before they are answered; max_new: answer tokens (0: 320, or half a short context); max_prompt: tokens of a prompt
+    (0: 192, or a quarter of a short context), at least min_prompt; tail: share of a batch's rows at which stragglers
+    are cut; loop_share: share of the looping answers that is kept; heldout_one_in:
     every n-th prompt, by its hash, is held out; cache_tokens: slots of the key/value cache (0: by free memory)."""
 
     own: bool = True
@@ -50,8 +53,8 @@ class DataSettings:
     rows: int = 0
     prompt_rows: int = 0
     pool: int = 4
-    max_new: int = 320
-    max_prompt: int = 192
+    max_new: int = 0
+    max_prompt: int = 0
     min_prompt: int = 4
     tail: float = 0.03
     loop_share: float = 0.1
@@ -64,7 +67,7 @@ class DataSettings:
         for name in ("greedy_share", "tail", "loop_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InvalidRequest(f"{name}={getattr(self, name)} is not allowed: it must be from 0 to 1")
-        for name, least in (("max_new", 4), ("max_prompt", 4), ("pool", 1), ("heldout_one_in", 2), ("seed", 0)):
+        for name, least in (("max_new", 0), ("max_prompt", 0), ("pool", 1), ("heldout_one_in", 2), ("seed", 0)):
             if getattr(self, name) < least:
                 raise InvalidRequest(f"{name}={getattr(self, name)} is not allowed: it must be {least} or more")
         if not self.temperatures or min(self.temperatures) <= 0:
@@ -215,6 +218,7 @@ class Generation:
         if given:
             yield from self.grouped(given, [0.0], 0)
             yield from self.grouped(given, list(self.settings.temperatures), 1)
+        empty = 0
         for stage in count(2) if self.settings.own else ():
             texts: list[str] = []
             for part in range(self.settings.pool):
@@ -226,10 +230,10 @@ class Generation:
                 found = read_json(path)
                 self.count.update(found["counts"])
                 texts += self.fresh([self.frame.render(p) for p in found["prompts"]])
-            if not texts:
-                raise InvalidRequest(
-                    f"the model wrote no usable prompt in {self.settings.pool} batches: give --prompts"
-                )
+            empty = 0 if texts else empty + 1
+            if empty == EMPTY_ROUNDS:
+                tries = EMPTY_ROUNDS * self.settings.pool
+                raise InvalidRequest(f"the model wrote no usable new prompt in {tries} batches: give --prompts")
             yield from self.grouped(texts, mix(self.settings), stage)
 
     def fresh(self, texts: list[str]) -> list[str]:
@@ -333,6 +337,12 @@ def generate(
     """Fill ``folder`` up to ``budget`` (tokens, seconds); returns the manifest's facts and this call's rate."""
     if not prompts and not settings.own:
         raise InvalidRequest("no prompts and own=False: there is nothing to answer; give --prompts or leave --own on")
+    limit = model.context_limit
+    settings = replace(
+        settings,
+        max_new=settings.max_new or min(320, limit // 2),
+        max_prompt=settings.max_prompt or min(192, limit // 4),
+    )
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:

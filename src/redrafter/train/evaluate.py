@@ -32,6 +32,8 @@ from redrafter.train.target import OpenModel, TrainingTarget
 from redrafter.train.writing import Writer, WritingConfig, loops
 
 TREE_SIZES = (4, 8, 12, 16, 24, 32, 48, 64)
+SHAPES = {3: (8,), 4: (8, 12), 5: (12, 16), 6: (16, 24), 8: (32, 64)}
+"""Draft length -> tree sizes."""
 
 
 class AnchorDrafter(TorchDrafter):
@@ -181,6 +183,27 @@ def evaluation_shape(drafter: Drafter, beam_width: int = 8, branching: int = 8) 
     return DecodeConfig(
         beam_width=beam_width, branching=min(branching, vocabulary), draft_length=length, tree_size=max(TREE_SIZES)
     )
+
+
+def tokens_by_shape(evaluation: Evaluation, texts: list[AnswerText]) -> list[dict[str, Any]]:
+    """Tokens per step of the beam shapes that a program picks from at start-up, for the drafter's metadata."""
+    contexts = evaluation.contexts(texts)
+    config = evaluation.drafter.config
+    branching = min(4, config.vocabulary)
+    out = []
+    for length, sizes in SHAPES.items():
+        if length > config.draft_length and out:
+            break
+        length = min(length, config.draft_length)
+        shape = DecodeConfig(beam_width=4, branching=branching, draft_length=length, tree_size=max(sizes))
+        lengths = evaluation.lengths(texts, contexts, shape, 0, rows=2048).lengths
+        found = table(texts, lengths, sizes)
+        out += [
+            {"beam_width": 4, "branching": branching, "draft_length": length, "tree_size": size}
+            | {"tokens_per_step": round(found[str(size)]["tokens_per_step"], 3)}
+            for size in sizes
+        ]
+    return out
 
 
 def heldout_texts(samples: Samples, limit: int) -> list[AnswerText]:

@@ -25,11 +25,19 @@ from torch import Tensor
 
 from redrafter import __version__
 from redrafter.backends.torch.checkpoint import save_drafter
-from redrafter.backends.torch.drafter import DrafterConfig
+from redrafter.backends.torch.drafter import Drafter, DrafterConfig
 from redrafter.errors import InvalidRequest, TrainingDiverged
 from redrafter.models.integrity import read_json
 from redrafter.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
-from redrafter.train.evaluate import TREE_SIZES, Evaluation, evaluation_shape, heldout_texts, table, training_texts
+from redrafter.train.evaluate import (
+    TREE_SIZES,
+    Evaluation,
+    evaluation_shape,
+    heldout_texts,
+    table,
+    tokens_by_shape,
+    training_texts,
+)
 from redrafter.train.files import ASIDE, remove_leftovers, weights_sha256, write_json
 from redrafter.train.learner import Group, Learner
 from redrafter.train.losses import HeadLoss
@@ -40,6 +48,8 @@ from redrafter.train.target import OpenModel
 from redrafter.train.trainer import StepReport
 
 RUN, CHECKPOINTS, DRAFTER = "run.json", "checkpoints", "drafter"
+SHAPE_TEXTS = 24
+"""Texts that the tokens per step of every beam shape are measured on."""
 
 
 class Conduct(NamedTuple):
@@ -296,18 +306,20 @@ class Run:
             self.reporter.log({"step": p.step, **self.last, "by_tree_size": found})
             better = torch.tensor([float(value > p.best), value], device=self.model.device)
             if value > p.best:
-                self._publish(drafter, found)
+                self._publish(drafter, found, tokens_by_shape(evaluation, self.texts[:SHAPE_TEXTS]))
         self.group.sum([better])
         p.evaluated, p.without_better = p.step, 0 if better[0] > 0 else p.without_better + 1
         if better[0] > 0:
             p.best, p.best_step = round(float(better[1]), 4), p.step
 
-    def _publish(self, drafter: Any, found: dict[str, Any]) -> None:
+    def _publish(self, drafter: Drafter, found: dict[str, Any], shapes: list[dict[str, Any]]) -> None:
         aside, old, final = (self.folder / name for name in (ASIDE + DRAFTER, ASIDE + "old-" + DRAFTER, DRAFTER))
         data = {"samples": len(self.samples), "coverage": self.coverage}
         trained = {"step": self.progress.step, "anchors": self.progress.anchors}
         measured = {n: v["tokens_per_step"] for n, v in found.items() if n.isdigit()}
         facts = self.facts | {"data": data, "trained": trained, "heldout_tokens_per_step": measured}
+        # What a program picks its beam shape from.
+        facts |= {"tokens_per_step": shapes, "tokens_per_step_of": f"{len(self.texts[:SHAPE_TEXTS])} texts, greedy"}
         for path in (aside, old):
             shutil.rmtree(path, ignore_errors=True)
         save_drafter(drafter, aside, facts)
