@@ -86,4 +86,4 @@ def test_quartiles_of_few() -> None:
 def test_a_line_separator_inside_a_prompt_does_not_end_its_line(tmp_path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "one\u2028two"}\n{"prompt": "three"}\n', encoding="utf-8")
-    assert load_prompts(file).count == 2
+    assert load_prompts(file).total == 2
