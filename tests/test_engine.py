@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from tests.tiny import VOCAB, ScriptedDrafter, make_backend, run, run_all, set_drafter
 
 from redrafter.backends.torch.linear import can_pack
 from redrafter.backends.torch.load import TorchBackend
 from redrafter.engine import Engine
 from redrafter.errors import InvalidRequest, NonFiniteLogits
 from redrafter.params import PLAIN, DecodeConfig, SamplingParams
+from tests.tiny import VOCAB, ScriptedDrafter, make_backend, run, run_all, set_drafter
 
 PROMPT = [5, 17, 33, 8, 90, 41, 41, 12, 60, 3, 77, 24, 9]
 SHAPES = [(1, 1, 1), (1, 1, 6), (2, 3, 2), (4, 4, 4), (8, 8, 8), (16, 2, 5), (64, 4, 8)]

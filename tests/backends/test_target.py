@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.tiny import FAMILIES, VOCAB, drafter_config, make_backend, make_model, run
 
 from redrafter.algorithm.accept import Accepted
 from redrafter.algorithm.tree import TokenTree
@@ -15,6 +14,7 @@ from redrafter.backends.torch.load import TorchBackend, make_target
 from redrafter.engine import Engine
 from redrafter.errors import OutOfMemory, UnsupportedModel
 from redrafter.params import PLAIN, DecodeConfig, SamplingParams
+from tests.tiny import FAMILIES, VOCAB, drafter_config, make_backend, make_model, run
 
 CPU = torch.device("cpu")
 PROMPT = [5, 17, 33, 8, 90, 41, 41, 12, 60, 3, 77, 24, 9]

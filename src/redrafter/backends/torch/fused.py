@@ -2,8 +2,8 @@
 
 A forward of a small model through transformers' modules is mostly Python and dispatch (measured on two cores,
 SmolLM2-135M, one row: 38 ms, of which the weights' bytes account for 13). ``fuse_layers`` swaps a layer that has exactly
-the structure below for one that multiplies q|k|v and gate|up as one product each and writes keys straight into the cache.
-The swapped layer's slow twin is transformers' own (tests/backends/test_fused.py).
+the structure below for one that multiplies q|k|v and gate|up as one product each. The swapped layer's slow twin is
+transformers' own (tests/backends/test_fused.py).
 
     x + o(attention(rope(norm_q q(n)), rope(norm_k k(n)), v(n)))   n = rms(x)
     x + down(silu(gate(n)) * up(n))                                 n = rms(x)
