@@ -1,7 +1,7 @@
 """Decoder layers of the Llama kind with fewer, larger operations: the CPU's fast path.
 
 A forward of a small model through transformers' modules is mostly Python and dispatch (measured on two cores,
-SmolLM2-135M, one row: 38 ms, of which the weights' bytes account for 13). ``fuse_layers`` swaps a layer that has exactly
+SmolLM2-135M, one row: 38 ms, of which the weights' bytes account for 13). ``fuse_layers`` swaps a layer of exactly
 the structure below for one that multiplies q|k|v and gate|up as one product each. The swapped layer's slow twin is
 transformers' own (tests/backends/test_fused.py).
 
