@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from redrafter import LLM
 from redrafter import load as loading
 from redrafter.errors import InvalidRequest
 from redrafter.load import pick_backend
@@ -44,6 +45,12 @@ def test_mlx_asked_for_and_absent_is_one_line_with_the_way_to_install_it(machine
     with pytest.raises(InvalidRequest) as raised:
         pick_backend("mlx")
     assert str(raised.value) == f"backend='mlx': {named} cannot be imported; pip install 'redrafter[mlx]'"
+
+
+def test_mlx_is_missed_before_a_model_is_looked_for(machine) -> None:
+    machine("linux", "x86_64")
+    with pytest.raises(InvalidRequest, match="mlx"):
+        LLM.from_pretrained("no such model", backend="mlx")
 
 
 def test_an_unknown_backend() -> None:

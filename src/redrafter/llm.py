@@ -89,9 +89,10 @@ class LLM:
         or none), "none", or a folder. backend: "auto" (MLX on Apple silicon, else torch), "torch" or "mlx". config:
         the beam shape; None lets the program pick it. progress: told in a few words what is being done.
         """
-        from redrafter.load import load  # brings a backend: only when weights are really loaded
+        from redrafter.load import load, pick_backend  # brings a backend: only when weights are really loaded
 
         tell = progress or _silent
+        backend = pick_backend(backend)  # before anything is fetched for it
         files = resolve(str(model), progress=tell)
         drafter_path = resolve_drafter(str(drafter), files)
         tokenizer = Tokenizer.load(files.path)
