@@ -62,7 +62,7 @@ def evaluate(
 
 
 def _lines(result: dict[str, Any]) -> list[str]:
-    out = []
+    out: list[str] = []
     for name, found in result["categories"].items():
         sizes = [key for key in found if key.isdigit()]
         if not out:

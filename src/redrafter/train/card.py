@@ -22,6 +22,9 @@ LIMITS = """## Limits
 """
 
 
+_READ = "Greedy, the bonus token counted, N nodes verified per step. An answer that loops is easy to guess."
+
+
 def write_card(folder: Path, evaluations: list[Path], generation: Path | None) -> Path:
     """README.md beside the drafter in ``folder`` (a run folder or the drafter's own); returns its path."""
     where = folder / "drafter" if (folder / "drafter" / "config.json").is_file() else folder
@@ -41,7 +44,7 @@ def write_card(folder: Path, evaluations: list[Path], generation: Path | None) -
     lines += ["## Training", "", *_training(facts), ""]
     lines += ["## Shape", "", "```json", json.dumps(drafter.config.to_dict(), indent=2), "```", "", LIMITS]
     text = "\n".join(lines)
-    publish(where / "README.md", lambda path: path.write_text(text, encoding="utf-8") and None)
+    publish(where / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
     return where / "README.md"
 
 
@@ -50,17 +53,21 @@ def _evaluation(result: dict[str, Any], name: str) -> list[str]:
     tables = result.get("categories") or {k: v for k, v in result.items() if isinstance(v, dict) and "texts" in v}
     if not tables:
         raise InvalidRequest(f"{name} holds no table of tokens per step: give what redrafter eval --json-out wrote")
-    rows = [
-        {"texts of": key, "texts": table["texts"]}
-        | {f"N={n}": f"{table[n]['tokens_per_step']:.2f}" for n in table if n.isdigit()}
-        for key, table in tables.items()
-    ]
-    settings = ", ".join(f"{k} {result[k]}" for k in ("device", "dtype") if k in result)
+    rows = []
+    for key, table in tables.items():
+        sizes = [n for n in table if n.isdigit()]
+        row = {"texts of": key, "texts": table["texts"]} | {
+            f"N={n}": f"{table[n]['tokens_per_step']:.2f}" for n in sizes
+        }
+        row["of them loop"] = table["texts"] - table["texts_without_loops"]
+        rows.append(row | {f"N={sizes[-1]} without those": f"{table[sizes[-1]]['without_loops']:.2f}"})
+    source = result.get("provenance") or result
+    settings = ", ".join(f"{k} {source[k]}" for k in ("device", "dtype") if k in source)
     note = f" ({settings})" if settings else ""
     return [
         f"## Tokens per step, `{name}`{note}",
         "",
-        "Greedy, the bonus token counted, N nodes verified per step.",
+        _READ,
         "",
         *_table(rows),
     ]

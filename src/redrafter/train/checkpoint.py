@@ -49,7 +49,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         _discard(final)
     aside.rename(final)
     flush(folder)
-    publish(folder / LATEST, lambda path: path.write_text(final.name + "\n") and None)
+    publish(folder / LATEST, lambda path: path.write_text(final.name + "\n"))
     for old in _newest_first(folder)[max(1, keep) :]:
         _discard(old)
     return final

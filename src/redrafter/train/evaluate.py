@@ -190,7 +190,7 @@ def tokens_by_shape(evaluation: Evaluation, texts: list[AnswerText]) -> list[dic
     contexts = evaluation.contexts(texts)
     config = evaluation.drafter.config
     branching = min(4, config.vocabulary)
-    out = []
+    out: list[dict[str, Any]] = []
     for length, sizes in SHAPES.items():
         if length > config.draft_length and out:
             break

@@ -26,7 +26,7 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def publish(path: Path, write: Callable[[Path], None]) -> None:
+def publish(path: Path, write: Callable[[Path], object]) -> None:
     """``write`` fills a file beside ``path``, which then gets its name. The folder is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(ASIDE + path.name)
@@ -39,7 +39,7 @@ def publish(path: Path, write: Callable[[Path], None]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """NaN and infinity are refused: no reader of JSON has to know them."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    publish(path, lambda aside: aside.write_text(text, encoding="utf-8") and None)
+    publish(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def remove_leftovers(folder: Path) -> None:
