@@ -30,9 +30,11 @@ def compare(
 ) -> int:
     """Print whether the ids are equal and what the medians of ``repeat`` runs say; returns the exit code."""
     if not llm.engine.speculative:
+        if llm.drafter is None:
+            raise InvalidRequest("--compare needs a drafter and there is none for this model: name one with --drafter")
         raise InvalidRequest(
-            f"--compare needs speculation and drafter is {llm.drafter or 'none'}: name one with --drafter, "
-            "or a --tree-size over 1"
+            "--compare: plain decoding was the fastest beam shape here, so there is nothing to compare: give one, "
+            "for instance --tree-size 8 --draft-length 3"
         )
 
     def run(speculation: bool, settings: SamplingParams = params) -> Completion:
