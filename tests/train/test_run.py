@@ -23,7 +23,8 @@ from redrafter.errors import InvalidRequest, TrainingDiverged
 from redrafter.load import known_shapes
 from redrafter.models.integrity import sha256
 from redrafter.train.learner import Learner
-from redrafter.train.run import Conduct, Run, estimate
+from redrafter.train.plan import estimate
+from redrafter.train.run import Conduct, Run
 from redrafter.train.samples import Samples
 from redrafter.train.settings import default_layers, drafter_bytes, drafter_config, make_settings
 from redrafter.train.target import OpenModel

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,10 +69,9 @@ def train(
     device: opt.Device = "auto",
     quiet: opt.Quiet = False,
 ) -> None:
-    import os
-
     from redrafter.models import DEFAULT_MODEL
-    from redrafter.train.run import Conduct, Run, estimate
+    from redrafter.train.plan import estimate
+    from redrafter.train.run import Conduct, Run
     from redrafter.train.samples import Samples
     from redrafter.train.settings import make_settings
     from redrafter.train.target import OpenModel
@@ -82,11 +82,7 @@ def train(
     if not any(values.get(name) for name in ("steps", "epochs", "minutes")):
         values["epochs"] = DEFAULT_EPOCHS
     chosen = make_settings(values)
-    if device == "auto" and "LOCAL_RANK" in os.environ:
-        import torch
-
-        device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
-    opened = OpenModel(model or DEFAULT_MODEL, device, dtype)
+    opened = OpenModel(model or DEFAULT_MODEL, _device(device), dtype)
     samples = Samples(data)
     if plan:
         print("\n".join(_lines(estimate(opened, samples, chosen))))
@@ -98,6 +94,15 @@ def train(
     summary = run.fit()
     if run.group.rank == 0:
         print(json.dumps(summary))
+
+
+def _device(device: str) -> str:
+    """auto under torchrun: the process's own GPU."""
+    if device != "auto" or "LOCAL_RANK" not in os.environ:
+        return device
+    import torch
+
+    return f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
 
 
 def _lines(plan: dict[str, Any]) -> list[str]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from redrafter import __version__
 from redrafter.backends.torch.checkpoint import save_drafter
-from redrafter.backends.torch.drafter import Drafter, DrafterConfig
+from redrafter.backends.torch.drafter import Drafter
 from redrafter.errors import InvalidRequest, TrainingDiverged
 from redrafter.models.integrity import read_json
 from redrafter.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
@@ -124,6 +124,11 @@ class Run:
                 f"use a multiple of {self.group.world}"
             )
         self.config = drafter_config(settings, model.files.config)
+        highest = int(samples.tokens.max(initial=0))
+        if highest >= self.config.vocab_size:
+            raise InvalidRequest(
+                f"the data hold token {highest}, the model has {self.config.vocab_size}: make the data with this model"
+            )
         self.loader = Loader(
             samples, min(settings.row_length, model.context_limit), settings.batch_tokens, settings.seed
         )
@@ -208,6 +213,11 @@ class Run:
         )
         for line in say.lines:
             self.reporter.say(line)
+        for manifest in self.samples.manifests:
+            if manifest.get("model_sha256", self.facts["model_sha256"]) != self.facts["model_sha256"]:
+                self.reporter.say(
+                    f"the data were written by other weights ({manifest.get('model')}): prefer the model's own"
+                )
         self.texts = heldout_texts(self.samples, self.settings.eval_texts)
         if not self.texts:
             self.texts = training_texts(self.samples, self.settings.eval_texts)
@@ -227,27 +237,38 @@ class Run:
 
     def _steps(self, stop: Stop) -> None:
         mark, anchors = time.monotonic(), self.progress.anchors
+        self._clock = mark
         while not self.group.any(self.finished):
-            started = time.monotonic()
             report = self._step()
-            # Evaluation and saving are no training time: the clock of the schedule stops for them.
-            elapsed = torch.tensor([time.monotonic() - started], dtype=torch.float64, device=self.model.device)
-            self.group.sum([elapsed])
-            self.progress.trained_seconds += float(elapsed) / self.group.world
+            self._tick()
             step, late = self.progress.step, time.monotonic() - self.called > self.conduct.stop_after
             ending = self.group.any(stop.asked or late)
             done = self.group.any(self.finished)
             if step % self.conduct.log_every == 0 or step <= 3 or done or ending:
                 self._log(report, (self.progress.anchors - anchors) / max(1e-9, time.monotonic() - mark))
                 mark, anchors = time.monotonic(), self.progress.anchors
-            if step % self.settings.eval_every == 0 or done:
+            evaluating = step % self.settings.eval_every == 0 or done
+            if evaluating or ending or step % self.conduct.save_every == 0:
+                # This waits for the device, which is training time; evaluating and saving are none.
                 self.check_losses()
-                self.evaluate()
-            if step % self.conduct.save_every == 0 or done or ending or step % self.settings.eval_every == 0:
-                self.check_losses()
+                self._tick()
+                if evaluating:
+                    self.evaluate()
                 self.save()
+                self._clock = time.monotonic()
             if ending:
                 return
+
+    def _tick(self) -> None:
+        """Count the time since the last call as training time: the mean over all processes."""
+        now = time.monotonic()
+        elapsed = now - self._clock
+        if self.group.world > 1:
+            total = torch.tensor([elapsed], dtype=torch.float64, device=self.model.device)
+            self.group.sum([total])
+            elapsed = float(total) / self.group.world
+        self.progress.trained_seconds += elapsed
+        self._clock = now
 
     def _step(self) -> StepReport:
         settings, world = self.settings, self.group.world
@@ -360,30 +381,3 @@ class _Early:
 
 def _round(values: Tensor) -> list[float]:
     return [round(x, 4) for x in values.tolist()]
-
-
-def estimate(model: OpenModel, samples: Samples, settings: TrainSettings) -> dict[str, Any]:
-    """What a run would do, without loading the model. Memory is an estimate, within a third or so."""
-    settings = resolved(settings, model.device)
-    config: DrafterConfig = drafter_config(settings, model.files.config)
-    loader = Loader(samples, min(settings.row_length, model.context_limit), settings.batch_tokens, settings.seed)
-    steps = settings.steps or math.ceil(settings.epochs * loader.epoch_batches / settings.batches_per_step)
-    size = drafter_bytes(config)
-    width = torch.finfo(model.dtype).bits // 8
-    files = sum(path.stat().st_size for path in model.files.path.glob("*.safetensors"))
-    tokens, vocabulary = settings.batch_tokens, config.vocab_size
-    working = tokens * config.vocabulary * width + 6 * settings.chunk * config.vocabulary * 4
-    working += tokens * config.feature_size * width * 3 + 8 * tokens * config.hidden_size * config.draft_length * 4
-    memory = files + vocabulary * config.hidden_size * 4 + size.stored // 2 * 4 * 5 + working
-    return {
-        "steps": steps or None,
-        "minutes": settings.minutes or None,
-        "batches_per_epoch": loader.epoch_batches,
-        "tokens_per_step": settings.batch_tokens * settings.batches_per_step,
-        "tokens": settings.batch_tokens * settings.batches_per_step * steps or None,
-        "memory_bytes": memory,
-        "drafter_bytes": size.stored,
-        "bytes_read_per_step": size.per_step,
-        "bytes_read_per_depth": size.per_depth,
-        "drafter": config.to_dict(),
-    }
