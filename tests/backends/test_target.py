@@ -122,7 +122,7 @@ def test_free_slots_are_never_read() -> None:
 def test_prefill_in_chunks_equals_one_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = make_backend()
     whole, _ = run(Engine(backend, DecodeConfig(tree_size=16)), PROMPT, FAR)
-    monkeypatch.setattr("redrafter.backends.torch.load.PREFILL_CHUNK", 5)
+    monkeypatch.setattr("redrafter.backends.base.PREFILL_CHUNK", 5)
     assert run(Engine(backend, DecodeConfig(tree_size=16)), PROMPT, FAR)[0] == whole
 
 

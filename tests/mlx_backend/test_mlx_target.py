@@ -15,8 +15,9 @@ import torch
 
 from redrafter.algorithm.accept import Accepted
 from redrafter.algorithm.tree import TokenTree
+from redrafter.backends.base import PREFILL_CHUNK
 from redrafter.backends.mlx.load import load_target, pick_dtype, use_device
-from redrafter.backends.mlx.target import PREFILL_CHUNK, MLXTarget
+from redrafter.backends.mlx.target import MLXTarget
 from redrafter.errors import CorruptModel, InvalidRequest, OutOfMemory, UnsupportedModel
 from tests.mlx_backend.tiny import (
     FAMILIES,

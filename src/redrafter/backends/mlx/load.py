@@ -1,8 +1,7 @@
-"""From files to a running engine's backend: weights, cache, drafter, and the settings of a batch as MLX arrays."""
+"""The engine's backend on MLX: weights, caches, drafter."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from redrafter.algorithm.beam import Reading
-from redrafter.algorithm.noise import key_of
-from redrafter.algorithm.sampling import Penalties, Sampling
+from redrafter.backends.base import BaseBackend
 from redrafter.backends.mlx.drafter import Drafter
 from redrafter.backends.mlx.drafting import MLXDrafter
 from redrafter.backends.mlx.ops import MLXOps
-from redrafter.backends.mlx.target import PREFILL_CHUNK, MLXTarget, check_architecture
+from redrafter.backends.mlx.target import MLXTarget, check_architecture
 from redrafter.errors import CorruptModel, InvalidRequest, UnsupportedModel
 from redrafter.params import MAX_TREE
 
@@ -100,7 +97,7 @@ def without_quantisation(config: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k not in ("quantization", "quantization_config")}
 
 
-class MLXBackend:
+class MLXBackend(BaseBackend):
     """What the engine asks for (``engine.Backend``), on MLX."""
 
     def __init__(
@@ -132,21 +129,8 @@ class MLXBackend:
         if self.drafter is not None:
             self.drafter.allocate(cache.rows, cache.slots)
 
-    def prefill(self, row: int, token_ids: Sequence[int]) -> mx.array:
-        ids = self.array(list(token_ids))
-        last = mx.zeros(self.target.feature_size, dtype=self.target.mlx_dtype)
-        for start in range(0, len(token_ids), PREFILL_CHUNK):
-            chunk = ids[start : start + PREFILL_CHUNK]
-            features_TF = self.target.prefill(row, chunk, start)
-            # The pair of the chunk's last token needs the token after it: it opens the next reading.
-            if self.drafter is not None:
-                features = mx.concatenate([last[None], features_TF[:-1]]) if start else features_TF[:-1]
-                tokens = ids[max(start, 1) : start + chunk.shape[0]]
-                if tokens.shape[0]:
-                    first, count = self.array([max(start - 1, 0)]), self.array([tokens.shape[0]])
-                    self.drafter.read(Reading(features[None], tokens[None], first, count), row)
-            last = features_TF[-1]
-        return last
+    def no_features(self) -> mx.array:
+        return mx.zeros(self.target.feature_size, dtype=self.target.mlx_dtype)
 
     def move_row(self, source: int, to: int) -> None:
         self.target.cache.move_row(source, to)
@@ -156,59 +140,14 @@ class MLXBackend:
     def array(self, values: Any) -> mx.array:
         return mx.array(values, dtype=mx.int64)
 
+    def floats(self, values: Any) -> mx.array:
+        return mx.array(values, dtype=mx.float32)
+
     def host(self, array: mx.array) -> Any:
         return array.tolist()
 
     def synchronize(self) -> None:
         mx.synchronize()
-
-    def sampling(self, requests: Sequence[Any]) -> Sampling:
-        """Arrays of the requests' SamplingParams (``engine.SamplingHistory``)."""
-        params = [r.params for r in requests]
-        vocab = self.target.vocab_size
-        inverse = _column([1 / p.temperature if p.temperature > 0 else 0.0 for p in params], 0.0)
-        top_k = [min(p.top_k or vocab, vocab) for p in params]
-        # A greedy row's temperature is 1 in the cuts below, which never remove its largest score.
-        return Sampling(
-            inverse_temperature=inverse,
-            key=None if inverse is None else self.array([key_of(p.seed) for p in params]),
-            top_k=None if all(k == vocab for k in top_k) else self.array(top_k),
-            top_p=_column([p.top_p for p in params], 1.0),
-            log_min_p=_column([math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params], -math.inf),
-            bias=self._bias(params),
-            penalties=self._penalties(requests),
-        )
-
-    def _bias(self, params: Sequence[Any]) -> mx.array | None:
-        if not any(p.logit_bias for p in params):
-            return None
-        bias = mx.zeros((len(params), self.target.vocab_size))
-        for row, p in enumerate(params):
-            for token, value in p.logit_bias.items():
-                bias[row, token] = value
-        return bias
-
-    def _penalties(self, requests: Sequence[Any]) -> Penalties | None:
-        names = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-        values = {name: [getattr(r.params, name) for r in requests] for name in names}
-        if all(v == off for name, off in names.items() for v in values[name]):
-            return None
-
-        def counts(name: str) -> mx.array:
-            rows = []
-            for request in requests:
-                ids = self.array(list(getattr(request, name)))[None]
-                ones = mx.ones((1, 1, ids.shape[1]))
-                rows.append(self.ops.count_tokens(ids, ones, self.target.vocab_size)[:, 0])
-            return mx.concatenate(rows)
-
-        repetition, presence, frequency = (mx.array(values[name], dtype=mx.float32) for name in names)
-        return Penalties(repetition, presence, frequency, counts("prompt_ids"), counts("answer_ids"))
-
-
-def _column(values: list[float], off: float) -> mx.array | None:
-    """[B] float32, or None where no row uses the setting."""
-    return None if all(v == off for v in values) else mx.array(values, dtype=mx.float32)
 
 
 def bind(target: MLXTarget, drafter: Drafter, token_ids: mx.array | None, vocabulary: int = 0) -> MLXDrafter:

@@ -17,8 +17,6 @@ from redrafter.algorithm.tree import TokenTree
 from redrafter.backends.mlx.kv_cache import KVCache
 from redrafter.errors import UnsupportedModel
 
-PREFILL_CHUNK = 256
-"""Prompt tokens per forward: enough rows to be compute-bound, little enough memory for the scores."""
 FAMILIES = ("mlx_lm.models.llama", "mlx_lm.models.qwen2", "mlx_lm.models.qwen3")
 """Modules of mlx-lm whose layers are the ones walked here (Mistral models are its Llama)."""
 ROTARY = ("RoPE", "Llama3RoPE", "YarnRoPE")

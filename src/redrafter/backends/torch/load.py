@@ -1,4 +1,4 @@
-"""The engine's backend on torch: weights, caches, drafter, and the settings of a batch as tensors."""
+"""The engine's backend on torch: weights, caches, drafter."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redrafter.algorithm.beam import Reading
-from redrafter.algorithm.noise import key_of
-from redrafter.algorithm.sampling import Penalties, Sampling
+from redrafter.backends.base import BaseBackend
 from redrafter.backends.torch import linear
 from redrafter.backends.torch.attention import EXACT, FAST
 from redrafter.backends.torch.drafter import Drafter
 from redrafter.backends.torch.drafting import TorchDrafter
 from redrafter.backends.torch.fused import fuse_layers
 from redrafter.backends.torch.ops import TorchOps
-from redrafter.backends.torch.target import PREFILL_CHUNK, TorchTarget
+from redrafter.backends.torch.target import TorchTarget
 from redrafter.errors import CorruptModel, InvalidRequest
 from redrafter.params import MAX_TREE
 
@@ -77,7 +75,7 @@ def make_target(model: Any, feature_layers: Sequence[int] = ()) -> TorchTarget:
     return target
 
 
-class TorchBackend:
+class TorchBackend(BaseBackend):
     """What the engine asks for (``engine.Backend``), on torch."""
 
     def __init__(
@@ -108,22 +106,8 @@ class TorchBackend:
         if self.drafter is not None:
             self.drafter.allocate(cache.rows, cache.slots)
 
-    def prefill(self, row: int, token_ids: Sequence[int]) -> Tensor:
-        ids = self.array(token_ids)
-        last = torch.zeros(self.target.feature_size, dtype=self.target.dtype, device=self.device)
-        for start in range(0, len(token_ids), PREFILL_CHUNK):
-            chunk = ids[start : start + PREFILL_CHUNK]
-            features_TF = self.target.prefill(row, chunk, start)
-            # The pair of the chunk's last token needs the token after it: it opens the next reading.
-            if self.drafter is not None:
-                features = torch.cat([last[None], features_TF[:-1]]) if start else features_TF[:-1]
-                tokens = ids[max(start, 1) : start + len(chunk)]
-                if len(tokens):
-                    first = self.array([max(start - 1, 0)])
-                    reading = Reading(features[None], tokens[None], first, self.array([len(tokens)]))
-                    self.drafter.read(reading, row)
-            last = features_TF[-1]
-        return last
+    def no_features(self) -> Tensor:
+        return torch.zeros(self.target.feature_size, dtype=self.target.dtype, device=self.device)
 
     def move_row(self, source: int, to: int) -> None:
         self.target.cache.move_row(source, to)
@@ -133,58 +117,15 @@ class TorchBackend:
     def array(self, values: Any) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 
+    def floats(self, values: Any) -> Tensor:
+        return torch.as_tensor(values, dtype=torch.float32, device=self.device)
+
     def host(self, array: Tensor) -> Any:
         return array.tolist()
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-    def sampling(self, requests: Sequence[Any]) -> Sampling:
-        """Arrays of the requests' SamplingParams (``engine.SamplingHistory``)."""
-        params = [r.params for r in requests]
-        vocab = self.target.vocab_size
-
-        def column(values: list[float], off: float) -> Tensor | None:
-            if all(v == off for v in values):
-                return None
-            return torch.tensor(values, dtype=torch.float32, device=self.device)
-
-        inverse = column([1 / p.temperature if p.temperature > 0 else 0.0 for p in params], 0.0)
-        top_k = [min(p.top_k or vocab, vocab) for p in params]
-        log_min_p = column([float(torch.tensor(p.min_p).log()) for p in params], float("-inf"))
-        # A greedy row's temperature is 1 in the cuts below, which never remove its largest score.
-        return Sampling(
-            inverse_temperature=inverse,
-            key=None if inverse is None else self.array([key_of(p.seed) for p in params]),
-            top_k=None if all(k == vocab for k in top_k) else self.array(top_k),
-            top_p=column([p.top_p for p in params], 1.0),
-            log_min_p=log_min_p,
-            bias=self._bias(params),
-            penalties=self._penalties(requests),
-        )
-
-    def _bias(self, params: Sequence[Any]) -> Tensor | None:
-        if not any(p.logit_bias for p in params):
-            return None
-        bias = torch.zeros(len(params), self.target.vocab_size, device=self.device)
-        for row, p in enumerate(params):
-            for token, value in p.logit_bias.items():
-                bias[row, token] = value
-        return bias
-
-    def _penalties(self, requests: Sequence[Any]) -> Penalties | None:
-        def settings(name: str) -> Tensor:
-            return torch.tensor([getattr(r.params, name) for r in requests], dtype=torch.float32, device=self.device)
-
-        def counts(name: str) -> Tensor:
-            rows = [torch.bincount(self.array(getattr(r, name)), minlength=self.target.vocab_size) for r in requests]
-            return torch.stack(rows).float()
-
-        repetition, presence, frequency = map(settings, ("repetition_penalty", "presence_penalty", "frequency_penalty"))
-        if bool((repetition == 1).all() & (presence == 0).all() & (frequency == 0).all()):
-            return None
-        return Penalties(repetition, presence, frequency, counts("prompt_ids"), counts("answer_ids"))
 
 
 def bind(target: TorchTarget, drafter: Drafter, vocabulary: int = 0) -> TorchDrafter:

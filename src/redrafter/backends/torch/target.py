@@ -15,9 +15,6 @@ from redrafter.backends.torch.attention import EXACT, mask_for
 from redrafter.backends.torch.kv_cache import KVCache
 from redrafter.errors import UnsupportedModel
 
-PREFILL_CHUNK = 256
-"""Prompt tokens per forward: enough rows to be compute-bound, little enough memory for the scores."""
-
 
 class TorchTarget:
     """``prefill``, ``verify``, ``commit`` (algorithm/step.py) over a transformers model.
