@@ -126,6 +126,15 @@ def test_prefill_in_chunks_equals_one_prefill(monkeypatch: pytest.MonkeyPatch) -
     assert run(Engine(backend, DecodeConfig(tree_size=16)), PROMPT, FAR)[0] == whole
 
 
+def test_more_rows_do_not_make_rows_longer() -> None:
+    backend = make_backend()
+    for rows in range(1, 6):
+        backend.reserve(rows, 40)
+    assert (backend.target.cache.rows, backend.target.cache.slots) == (5, 40)
+    backend.reserve(2, 41)
+    assert (backend.target.cache.rows, backend.target.cache.slots) == (5, 80)
+
+
 def test_a_cache_that_does_not_fit_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = make_backend()
     monkeypatch.setattr(kv_cache, "free_bytes", lambda device: 1000)

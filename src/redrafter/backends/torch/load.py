@@ -101,8 +101,10 @@ class TorchBackend(BaseBackend):
         cache = self.target.cache
         if rows <= cache.rows and tokens <= cache.slots:
             return
-        whole = self.context_limit + MAX_TREE
-        cache.reserve(rows, min(whole, max(tokens, cache.slots, min(2 * cache.slots, whole))))
+        slots = cache.slots
+        if tokens > slots:
+            slots = max(tokens, min(2 * slots, self.context_limit + MAX_TREE))
+        cache.reserve(rows, slots)
         if self.drafter is not None:
             self.drafter.allocate(cache.rows, cache.slots)
 
