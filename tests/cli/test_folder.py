@@ -100,6 +100,8 @@ def test_ctrl_c_in_mid_stream_of_the_real_engine(options) -> None:
     arguments = ["generate", "why?", *options, "--max-new-tokens", "200", "--temperature", "1", "--tree-size", "2"]
     child = subprocess.Popen(
         [sys.executable, "-m", "redrafter.cli", *arguments],
+        # A shell's background job ignores SIGINT, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

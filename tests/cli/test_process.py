@@ -71,6 +71,8 @@ def test_a_reader_that_leaves_early_ends_it_quietly() -> None:
 def test_ctrl_c_in_mid_stream_keeps_the_text_and_ends_with_130() -> None:
     child = subprocess.Popen(
         command("generate", "why?"),
+        # A shell's background job ignores SIGINT, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
