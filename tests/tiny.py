@@ -17,6 +17,8 @@ from redrafter.engine import Engine, Event, RequestStatistics
 from redrafter.params import SamplingParams
 
 VOCAB, WIDTH, LAYERS = 96, 32, 3
+TINY_SHAPES = ((64, WIDTH), (WIDTH, WIDTH), (96, WIDTH), (WIDTH, 48), (VOCAB, WIDTH))
+"""The products of the tiny Llama, [out, in]: q|k|v, out, gate|up, down, head."""
 BASE = {
     "vocab_size": VOCAB,
     "hidden_size": WIDTH,

@@ -9,14 +9,13 @@ from redrafter.algorithm.accept import Accepted
 from redrafter.algorithm.tree import TokenTree
 from redrafter.backends.torch import kv_cache
 from redrafter.backends.torch.attention import FAST
-from redrafter.backends.torch.linear import can_pack
+from redrafter.backends.torch.linear import row_invariant
 from redrafter.backends.torch.load import TorchBackend, make_target
 from redrafter.engine import Engine
 from redrafter.errors import OutOfMemory, UnsupportedModel
 from redrafter.params import PLAIN, DecodeConfig, SamplingParams
-from tests.tiny import FAMILIES, VOCAB, drafter_config, make_backend, make_model, run
+from tests.tiny import FAMILIES, TINY_SHAPES, VOCAB, drafter_config, make_backend, make_model, run
 
-CPU = torch.device("cpu")
 PROMPT = [5, 17, 33, 8, 90, 41, 41, 12, 60, 3, 77, 24, 9]
 FAR = SamplingParams(max_new_tokens=40)
 
@@ -56,8 +55,8 @@ def test_fast_attention_gives_the_same_ids_in_float32(family: str) -> None:
 def test_a_nodes_logits_equal_plain_decoding(dtype: torch.dtype, tolerance: float) -> None:
     """A chain of 1..40 nodes, and a chain hidden among unrelated siblings in scattered slots, against one row: in
     bfloat16 bit for bit."""
-    if not can_pack(dtype, CPU):
-        pytest.skip(f"this CPU or torch build has no packed {dtype} product, so rows may round differently")
+    if tolerance == 0 and not row_invariant(dtype, TINY_SHAPES):
+        pytest.skip("rows of packed products depend on their number on this CPU")
     backend = make_backend(drafter=False, dtype=dtype, feature_layers=())
     text = torch.randint(3, VOCAB, (40,), generator=torch.Generator().manual_seed(3)).tolist()
     length = torch.tensor([len(PROMPT)])

@@ -71,6 +71,7 @@ def _cpu() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "bfloat16": linear.can_pack(torch.bfloat16, torch.device("cpu")),
+        "bfloat16_exact": linear.row_invariant(torch.bfloat16),
     }
 
 
@@ -99,6 +100,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     def names(entries: list[dict[str, Any]]) -> str:
         return ", ".join(f"{e['name']} ({e['mib']} MiB)" for e in entries) or "none"
 
+    said = {True: "yes", False: "no"}
     device, cpu, cache = facts["device"], facts["cpu"], facts["cache"]
     cuda = ", ".join(f"{c['name']} ({c['memory_gib']} GiB)" for c in device["cuda"]) or "none"
     return [
@@ -106,7 +108,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         "packages   " + ", ".join(f"{name} {found or 'missing'}" for name, found in facts["packages"].items()),
         f"device     auto is {device['auto']} with {device['dtype_auto']}; CUDA: {cuda}",
         f"cpu        {cpu['cores']} cores, {cpu['threads']} threads, {cpu['capability']}, "
-        f"packed bfloat16 {'yes' if cpu['bfloat16'] else 'no'}",
+        f"packed bfloat16 {said[cpu['bfloat16']]}, exact for trees {said[cpu['bfloat16_exact']]}",
         f"cache      {cache['folder']}: {names(cache['models'])}",
         f"drafters   {names(facts['drafters'])}",
     ]

@@ -7,6 +7,8 @@ operators are torch's own but private; where they are missing, plain products ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -55,8 +57,18 @@ def pack_linears(model: nn.Module) -> None:
             model.set_submodule(name, PackedLinear(module.weight, module.bias))
 
 
-def row_invariant(linear: nn.Module, width: int, dtype: torch.dtype, rows: int = 64) -> bool:
-    """Whether the first row of a product is bit-equal for 1, 2, .. rows: a probe of this machine's kernels."""
-    x = torch.randn(rows, width, generator=torch.Generator().manual_seed(0)).to(dtype)
-    whole = linear(x)
-    return all(torch.equal(linear(x[:n]), whole[:n]) for n in (1, 2, 3, 5, 8, 12, 16, 24, 33, 48))
+def row_invariant(dtype: torch.dtype, shapes: Sequence[tuple[int, int]] = ((960, 576), (576, 1536))) -> bool:
+    """Whether rows of packed products with weights of these shapes [out, in] are bit-equal however many there are.
+
+    A probe of this machine's kernels: where it says no, or nothing can be packed, near-ties may fork in ``dtype``.
+    """
+    if not can_pack(dtype, torch.device("cpu")):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    for out, width in shapes:
+        linear = PackedLinear(torch.randn(out, width, generator=generator).to(dtype))
+        x = torch.randn(64, width, generator=generator).to(dtype)
+        whole = linear(x)
+        if not all(torch.equal(linear(x[:n]), whole[:n]) for n in (1, 2, 3, 5, 8, 12, 16, 24, 33, 48)):
+            return False
+    return True
