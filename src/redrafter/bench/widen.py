@@ -16,9 +16,9 @@ live one, or where a live one would read a free one; all else that is not the sm
     layers     extra ones come last, live but for their dead values and their dead up
 
 Share of weights that are zero, SmolLM2-135M in the shape of Llama-2-7B | of Qwen2.5-1.5B: q 2 % | 14 %, k 0,
-v 12 % | 19 %, o 12 % | 36 %, gate 0, up 12 % | 31 %, down 12 % | 11 %; of a whole layer 8 % | 15 %. Embedding 86 % | 63 %,
-of which a forward reads its tokens' rows only; but a tied head is the embedding, so pass ``tie=False`` where the head
-is timed: the same bytes and products, none of them zero, for one more matrix in memory.
+v 12 % | 19 %, o 12 % | 36 %, gate 0, up 12 % | 31 %, down 12 % | 11 %; of a whole layer 8 % | 15 %. Embedding 86 % |
+63 %, of which a forward reads its tokens' rows only; but a tied head is the embedding, so pass ``tie=False`` where the
+head is timed: the same bytes and products, none of them zero, for one more matrix in memory.
 """
 
 from __future__ import annotations
