@@ -5,13 +5,13 @@ Everything that can be wrong with them is a CorruptModel that names the file.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from redrafter.drafter_config import DrafterConfig
 from redrafter.errors import CorruptModel, ModelNotFound
+from redrafter.files import sha256
 
 CONFIG, WEIGHTS, MANIFEST = "config.json", "model.safetensors", "manifest.json"
 FORMAT, FORMAT_VERSION = "redrafter", 1
@@ -59,11 +59,6 @@ def verify(folder: Path) -> None:
             raise CorruptModel(f"{path} has {size} bytes, its manifest says {entry.get('bytes')}; {AGAIN}")
         if sha256(path) != entry.get("sha256"):
             raise CorruptModel(f"{path} was changed: its SHA-256 is not the manifest's; {AGAIN}")
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def own_config(folder: Path, values: dict[str, Any]) -> DrafterConfig:

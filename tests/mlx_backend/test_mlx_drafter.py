@@ -113,7 +113,7 @@ def rewrite(change) -> object:
     """Other tensors under a manifest that fits them."""
 
     def damage(folder: Path) -> None:
-        from redrafter.drafter_files import sha256
+        from redrafter.files import sha256
 
         tensors = load_file(folder / "model.safetensors")
         change(tensors)

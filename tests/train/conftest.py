@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from redrafter.backends.torch.drafter import Drafter, DrafterConfig
-from redrafter.models.integrity import sha256
+from redrafter.files import sha256
 from redrafter.train.samples import ShardWriter, write_manifest
 from redrafter.train.target import TrainingTarget
 from redrafter.train.writing import Writer, WritingConfig

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from redrafter.cli import main
 from redrafter.errors import InvalidRequest
-from redrafter.models.integrity import sha256
+from redrafter.files import sha256
 from redrafter.train.chat import chat_frame, encode, render
 from redrafter.train.prompts import read_prompts
 from redrafter.train.samples import Samples, shard_counts

@@ -13,7 +13,7 @@ from redrafter.backends.torch.drafter import Drafter
 from redrafter.backends.torch.drafting import TorchDrafter
 from redrafter.backends.torch.ops import TorchOps
 from redrafter.errors import CorruptModel, InvalidRequest
-from redrafter.models.integrity import sha256
+from redrafter.files import sha256
 from redrafter.params import DecodeConfig
 from redrafter.train.losses import HeadLoss, Teaching, chunk_loss, survival_weights, teach
 from redrafter.train.samples import Loader, Samples, ShardWriter, frequent_tokens, make_batch, write_manifest

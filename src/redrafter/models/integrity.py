@@ -7,9 +7,7 @@ manifest.json comes last, and one rename publishes it. Leftovers of a killed pro
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
 import shutil
 import struct
 import tempfile
@@ -20,6 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from redrafter.errors import CorruptModel, ModelNotFound
+from redrafter.files import flush, sha256
 
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
@@ -27,12 +26,6 @@ INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100_000_000  # bytes; the safetensors format's own limit
 
 Progress = Callable[[str], None]
-
-
-def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file, read in blocks (about 0.8 s per GB)."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -57,9 +50,9 @@ def write_manifest(folder: Path, extra: dict[str, Any]) -> None:
     }
     partial = folder / f".{MANIFEST}.partial"
     partial.write_text(json.dumps({**extra, "files": files}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    _flush(partial)
+    flush(partial)
     partial.replace(folder / MANIFEST)
-    _flush(folder)
+    flush(folder)
 
 
 def verify_manifest(folder: Path) -> None:
@@ -168,10 +161,10 @@ def _build_aside(folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:
     try:
         extra = build(aside)
         for path in aside.iterdir():
-            _flush(path)
+            flush(path)
         write_manifest(aside, extra)
         aside.rename(folder)
-        _flush(folder.parent)
+        flush(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -180,12 +173,3 @@ def _remove_leftovers(folder: Path) -> None:
     """Only to be called under the lock: whoever wrote these is dead."""
     for path in folder.parent.glob(f".{folder.name}.partial-*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """fsync a file or a folder, so that a rename never survives a crash that its contents did not."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -24,7 +24,8 @@ from transformers import AutoTokenizer
 
 from redrafter import __version__
 from redrafter.errors import InvalidRequest
-from redrafter.models.integrity import read_json, sha256
+from redrafter.files import sha256
+from redrafter.models.integrity import read_json
 from redrafter.train.chat import chat_frame, digest, encode, end_ids, is_heldout, render
 from redrafter.train.files import remove_leftovers, weights_sha256, write_json
 from redrafter.train.prompts import Prompt

@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from redrafter.files import flush, sha256
 from redrafter.models import ModelFiles
-from redrafter.models.integrity import sha256
 
 ASIDE = ".tmp-"
 """Prefix of what is being written; whoever finds one at the start of a run may remove it."""
-
-
-def flush(path: Path) -> None:
-    """fsync a file or a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def publish(path: Path, write: Callable[[Path], object]) -> None:

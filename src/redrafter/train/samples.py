@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save_file
 
 from redrafter.errors import CorruptModel, InvalidRequest
-from redrafter.models.integrity import read_json, sha256
+from redrafter.files import sha256
+from redrafter.models.integrity import read_json
 from redrafter.train.files import publish, write_json
 
 MANIFEST = "manifest.json"

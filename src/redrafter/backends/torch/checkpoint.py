@@ -30,10 +30,10 @@ from redrafter.drafter_files import (
     is_apple,
     own_config,
     read_config,
-    sha256,
     verify,
 )
 from redrafter.errors import CorruptModel
+from redrafter.files import flush, sha256
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -162,18 +162,10 @@ def _write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> 
         entries = {n: {"bytes": aside[n].stat().st_size, "sha256": sha256(aside[n])} for n in (CONFIG, WEIGHTS)}
         aside[MANIFEST].write_text(json.dumps({"files": entries}, indent=2) + "\n")
         for path in aside.values():
-            _flush(path)
+            flush(path)
         for name, path in aside.items():
             path.replace(folder / name)
-        _flush(folder)
+        flush(folder)
     finally:
         for path in aside.values():
             path.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
