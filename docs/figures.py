@@ -22,7 +22,8 @@ MEANING = {
     "cpu_speedup_mtbench_bf16": "speculative over plain decoding, two CPU cores, bf16, same engine",
     "cpu_forks_bf16": "answers that differ from plain decoding, two CPU cores, bf16",
     "exact_fp32_prompts": "prompts compared with plain decoding, float32",
-    "exact_fp32_forks": "of these, answers that differ",
+    "exact_fp32_forks": "of these, greedy answers that differ",
+    "exact_fp32_forks_t1": "of these, answers at temperature 1 that differ",
     "suite_seconds": "time of the test suite",
 }
 

@@ -96,7 +96,7 @@ def test_a_save_that_is_killed_leaves_the_old_drafter(saved, monkeypatch):
     def killed(path: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "_flush", killed)
+    monkeypatch.setattr(checkpoint, "flush", killed)
     with pytest.raises(KeyboardInterrupt):
         save_drafter(build({}), saved, {})
     same(load_drafter(saved), build(VARIANTS[3]))
