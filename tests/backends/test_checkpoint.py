@@ -34,7 +34,7 @@ def build(variant: dict, dtype: torch.dtype = torch.float32) -> Drafter:
     return drafter
 
 
-def same(a: Drafter, b: Drafter) -> None:
+def assert_same(a: Drafter, b: Drafter) -> None:
     assert a.config == b.config
     ours, theirs = a.state_dict(), b.state_dict()
     assert ours.keys() == theirs.keys()
@@ -68,7 +68,7 @@ def test_round_trip(variant, dtype, tmp_path):
     drafter = build(variant, dtype)
     save_drafter(drafter, tmp_path, {"target": "tiny", "tokens_per_step": 2.5})
     loaded = load_drafter(tmp_path)
-    same(loaded, drafter)
+    assert_same(loaded, drafter)
     assert all(p.requires_grad and p.device.type == "cpu" for p in loaded.parameters())
     assert read_metadata(tmp_path) == {"target": "tiny", "tokens_per_step": 2.5}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "manifest.json", "model.safetensors"]
@@ -89,7 +89,7 @@ def test_the_files_say_what_they_are(saved):
 def test_saving_again_replaces(saved):
     other = build({})
     save_drafter(other, saved, {})
-    same(load_drafter(saved), other)
+    assert_same(load_drafter(saved), other)
 
 
 def test_a_save_that_is_killed_leaves_the_old_drafter(saved, monkeypatch):
@@ -99,7 +99,7 @@ def test_a_save_that_is_killed_leaves_the_old_drafter(saved, monkeypatch):
     monkeypatch.setattr(checkpoint, "flush", killed)
     with pytest.raises(KeyboardInterrupt):
         save_drafter(build({}), saved, {})
-    same(load_drafter(saved), build(VARIANTS[3]))
+    assert_same(load_drafter(saved), build(VARIANTS[3]))
     assert len(list(saved.iterdir())) == 3, "nothing is left aside"
 
 
