@@ -18,6 +18,7 @@ FIELDS = ("value", "unit", "result", "command", "device", "commit", "date")
 # What a key means, in words. A key that is not here is shown as it is.
 MEANING = {
     "tau_mtbench_greedy_n64": "tokens per step (bonus counted), MT-bench first turns, greedy, at most 64 nodes",
+    "tau_mtbench_t1_n64": "the same at temperature 1, seed-coupled beams",
     "tree_tokens_removed_share": "share of tokens that merging shared prefixes removes",
     "cpu_speedup_mtbench_bf16": "speculative over plain decoding, two CPU cores, bf16, same engine",
     "cpu_forks_bf16": "answers that differ from plain decoding, two CPU cores, bf16",
