@@ -16,7 +16,7 @@ from redrafter.algorithm.accept import Accepted
 from redrafter.algorithm.beam import Reading
 from redrafter.algorithm.ops import Array
 from redrafter.algorithm.sampling import Sampling
-from redrafter.algorithm.step import DecodeState, step
+from redrafter.algorithm.step import DecodeState
 from redrafter.algorithm.tree import TokenTree, unmerged_tokens
 from redrafter.errors import InvalidRequest, NonFiniteLogits, RedrafterError
 from redrafter.params import PLAIN, DecodeConfig, SamplingParams
@@ -32,6 +32,11 @@ class Backend(Protocol):
     """an algorithm.beam.Drafter, or None"""
     context_limit: int
     eos_ids: frozenset[int]
+    run_ahead: bool
+    """the engine launches a step before it reads the one before, so that the device never waits for the host"""
+
+    def step(self, state: DecodeState, config: DecodeConfig) -> tuple[DecodeState, Accepted, TokenTree]:
+        """One decoding step (``algorithm.step.step``) of every row of ``state``, which are the cache's first rows."""
 
     def reserve(self, rows: int, tokens: int) -> None:
         """Cache room for so many rows of so many tokens each; raises OutOfMemory."""
@@ -195,8 +200,7 @@ class Engine:
             self._admit(self._waiting.popleft())
         if self._running:
             assert self._state is not None
-            backend = self.backend
-            self._state, accepted, tree = step(backend.ops, backend.target, backend.drafter, self._state, self.config)
+            self._state, accepted, tree = self.backend.step(self._state, self.config)
             self._read(accepted, tree)
         events, self._events = self._events, []
         return events

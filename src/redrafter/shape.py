@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from redrafter.algorithm.step import step
 from redrafter.engine import Backend, first_state
 from redrafter.params import PLAIN, DecodeConfig
 
@@ -57,6 +56,6 @@ def _one_step(backend: Backend, config: DecodeConfig, length: int) -> float:
     state = first_state(backend, config, backend.prefill(0, []), root=1, length=length)
     backend.synchronize()
     started = time.perf_counter()
-    _, accepted, _ = step(backend.ops, backend.target, backend.drafter, state, config)
+    _, accepted, _ = backend.step(state, config)
     backend.host(accepted.tokens)
     return time.perf_counter() - started

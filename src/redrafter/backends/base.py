@@ -8,10 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from redrafter.algorithm.accept import Accepted
 from redrafter.algorithm.beam import Reading
 from redrafter.algorithm.noise import key_of
 from redrafter.algorithm.ops import Array
 from redrafter.algorithm.sampling import Penalties, Sampling
+from redrafter.algorithm.step import DecodeState, step
+from redrafter.algorithm.tree import TokenTree
+from redrafter.params import DecodeConfig
 
 PREFILL_CHUNK = 256
 """Prompt tokens per forward: enough rows to be compute-bound, little enough memory for the scores."""
@@ -26,6 +30,11 @@ class BaseBackend:
     ops: Any
     target: Any
     drafter: Any
+    run_ahead: bool = False
+
+    def step(self, state: DecodeState, config: DecodeConfig) -> tuple[DecodeState, Accepted, TokenTree]:
+        """One decoding step of every row of ``state``; a backend that replays it as a graph overrides this."""
+        return step(self.ops, self.target, self.drafter, state, config)
 
     def array(self, values: Any) -> Array:
         """int64 array of nested lists."""
