@@ -30,7 +30,7 @@ help:
 	@touch $@
 
 .venv/tests: .venv/made $(PINNED)
-	$(PIP) -e '.[test]'
+	$(PIP) -e '.[test,serve]'
 	@$(PIP) --only-binary mlx,mlx-cpu,mlx-metal -e '.[mlx]' || echo "no MLX for this machine: its tests will be skipped"
 	@touch $@
 

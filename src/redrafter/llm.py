@@ -3,53 +3,24 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from redrafter.algorithm.beam import no_beams
 from redrafter.algorithm.tree import pack
-from redrafter.errors import InvalidRequest, RedrafterError
+from redrafter.errors import InvalidRequest
 from redrafter.models import DEFAULT_MODEL, resolve, resolve_drafter
 from redrafter.params import DecodeConfig, SamplingParams
-from redrafter.text import Detokenizer, Message, Piece, StopMatcher, Tokenizer
+from redrafter.reply import Chunk, Completion, Reply
+from redrafter.text import Message, Tokenizer
 
 if TYPE_CHECKING:
-    from redrafter.engine import Engine, Event, RequestStatistics
+    from redrafter.engine import Engine
+
+__all__ = ["LLM", "Chunk", "Completion", "Prompt"]
 
 Prompt = str | Sequence[Message]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Completion:
-    """One finished answer. ``token_ids`` ends with the token that completed a stop string, ``text`` before the string.
-
-    finish_reason: "stop" (end-of-text token, stop token or stop string), "length" (max_new_tokens or the context is
-    used up), "error" (then ``error`` says which, and text and ids are what came before it).
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    prompt_token_ids: tuple[int, ...]
-    finish_reason: str
-    statistics: RequestStatistics
-    error: RedrafterError | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chunk:
-    """What one step added. ``spans`` tell drafted text from the target's own; the last chunk has the completion."""
-
-    spans: tuple[Piece, ...]
-    token_ids: tuple[int, ...]
-    statistics: RequestStatistics
-    completion: Completion | None = None
-
-    @property
-    def text(self) -> str:
-        return "".join(span.text for span in self.spans)
 
 
 class LLM:
@@ -65,7 +36,7 @@ class LLM:
         self.model = model
         self.drafter = drafter
         self._plain: Engine | None = None
-        self._replies: dict[str, _Reply] = {}
+        self._replies: dict[str, Reply] = {}
         self._numbers = itertools.count()
 
     @classmethod
@@ -127,7 +98,7 @@ class LLM:
         settings = _as_settings(params, len(batch))
         prompt_ids = [self.encode(prompt, raw=raw) for prompt in batch]
         engine = self._engine(speculation)
-        replies: list[_Reply] = []
+        replies: list[Reply] = []
         try:
             for ids, setting in zip(prompt_ids, settings, strict=True):
                 replies.append(self._open(engine, ids, setting))
@@ -210,14 +181,14 @@ class LLM:
             )
         return wanted
 
-    def _open(self, engine: Engine, prompt_ids: list[int], params: SamplingParams) -> _Reply:
+    def _open(self, engine: Engine, prompt_ids: list[int], params: SamplingParams) -> Reply:
         request_id = f"request-{next(self._numbers)}"
-        reply = _Reply(engine, request_id, prompt_ids, params, self.tokenizer.detokenizer())
+        reply = Reply(engine, request_id, prompt_ids, params, self.tokenizer.detokenizer())
         engine.add(request_id, prompt_ids, params)
         self._replies[request_id] = reply
         return reply
 
-    def _close(self, reply: _Reply) -> None:
+    def _close(self, reply: Reply) -> None:
         self._replies.pop(reply.request_id, None)
         if not reply.ended:
             reply.ended = True
@@ -231,61 +202,6 @@ class LLM:
                 reply.push(event)
                 if reply.completion is not None:
                     self._close(reply)
-
-
-class _Reply:
-    """A request on its way: tokens in, chunks out. ``ended``: the engine no longer knows the request."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        request_id: str,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        detokenizer: Detokenizer,
-    ) -> None:
-        self.engine = engine
-        self.request_id = request_id
-        self.chunks: deque[Chunk] = deque()
-        self.completion: Completion | None = None
-        self.ended = False
-        self._prompt_ids = tuple(prompt_ids)
-        self._detokenizer = detokenizer
-        self._matcher = StopMatcher(params.stop)
-        self._token_ids: list[int] = []
-        self._text: list[str] = []
-
-    def push(self, event: Event) -> None:
-        self.ended = event.finish_reason is not None
-        pieces: list[Piece] = []
-        taken = 0
-        while taken < len(event.tokens) and self._matcher.matched is None:
-            text = self._detokenizer.push(event.tokens[taken])
-            pieces += self._matcher.push(Piece(text, taken < event.drafted))
-            taken += 1
-        if event.finish_reason is not None and self._matcher.matched is None:
-            pieces += self._matcher.push(Piece(self._detokenizer.flush(), False))
-            pieces += self._matcher.flush()
-        self._token_ids += event.tokens[:taken]
-        self._text += [piece.text for piece in pieces]
-        reason = "stop" if self._matcher.matched is not None else event.finish_reason
-        if reason is not None:
-            self.completion = Completion(
-                text="".join(self._text),
-                token_ids=tuple(self._token_ids),
-                prompt_token_ids=self._prompt_ids,
-                finish_reason=reason,
-                statistics=event.statistics,
-                error=event.error if reason == "error" else None,
-            )
-        self.chunks.append(
-            Chunk(
-                spans=tuple(pieces),
-                token_ids=tuple(event.tokens[:taken]),
-                statistics=event.statistics,
-                completion=self.completion,
-            )
-        )
 
 
 def _silent(_: str) -> None:

@@ -40,7 +40,8 @@ class SamplingParams:
     """How the target chooses its tokens, and when it stops. The output is a function of these and the prompt only.
 
     temperature 0 is greedy. ``seed`` (64-bit) keys the noise together with the position and the token id, so the
-    same seed gives the same text with or without speculation. top_k 0, top_p 1 and min_p 0 are off.
+    same seed gives the same text with or without speculation; ``answer_index`` (32-bit) tells apart several answers
+    asked for with one seed. top_k 0, top_p 1 and min_p 0 are off.
     repetition_penalty counts prompt and answer, presence and frequency penalties the answer only.
     """
 
@@ -53,6 +54,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int = 0
+    answer_index: int = 0
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -76,6 +78,8 @@ class SamplingParams:
         _check(
             isinstance(self.seed, int) and 0 <= self.seed < 2**64, "seed", self.seed, "in [0, 2**64)", "pick another"
         )
+        i = self.answer_index
+        _check(isinstance(i, int) and 0 <= i < 2**32, "answer_index", i, "in [0, 2**32)", "count answers from 0")
         m = self.max_new_tokens
         _check(isinstance(m, int) and m >= 1, "max_new_tokens", m, "1 or more", "ask for at least one token")
         for text in self.stop:

@@ -74,7 +74,7 @@ class BaseBackend:
         # A greedy row's temperature is 1 in the cuts below, which never remove its largest score.
         return Sampling(
             inverse_temperature=inverse,
-            key=None if inverse is None else self.array([key_of(p.seed) for p in params]),
+            key=None if inverse is None else self.array([key_of(p.seed, p.answer_index) for p in params]),
             top_k=None if all(k == vocab for k in top_k) else self.array(top_k),
             top_p=self._column([p.top_p for p in params], 1.0),
             log_min_p=self._column([math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params], -math.inf),
