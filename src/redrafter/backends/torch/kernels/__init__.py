@@ -1,0 +1,1 @@
+"""Triton kernels; each has an eager twin in the tests."""

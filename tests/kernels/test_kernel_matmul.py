@@ -1,0 +1,66 @@
+"""Products of few rows against plain torch."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be tested")
+
+from redrafter.backends.torch.kernels.matmul import Norm, Workspace, _Plan, few_rows, gru_step
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize("norm", [None, "plain", "weighted"])
+def test_norm_bias_activation_and_residual(rows: int, norm: str | None) -> None:
+    x, w, b, r = random(rows, 72, seed=1), random(40, 72, seed=2), random(40, seed=3), random(rows, 40, seed=4)
+    gain = random(72, seed=5)
+    n = x
+    if norm is not None:
+        n = F.rms_norm(x, (72,), gain if norm == "weighted" else None, 1e-5)
+    setting = None if norm is None else Norm(gain if norm == "weighted" else None, 1e-5)
+    y = few_rows(x, w, b, norm=setting, residual_MN=r, silu=True)
+    torch.testing.assert_close(y, r + F.silu(F.linear(n, w, b)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(few_rows(x, w, norm=setting), F.linear(n, w), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_gated(rows: int) -> None:
+    x, w = random(rows, 72, seed=1), random(80, 72, seed=2)
+    gain = random(72, seed=5)
+    gate, up = F.linear(F.rms_norm(x, (72,), gain, 1e-5), w).chunk(2, -1)
+    y = few_rows(x, w, norm=Norm(gain, 1e-5), gated=True)
+    torch.testing.assert_close(y, F.silu(gate) * up, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("split", [2, 4])
+def test_split_sums_leave_the_counters_at_zero(split: int) -> None:
+    x, w, r = random(5, 300, seed=1), random(70, 300, seed=2), random(5, 70, seed=3)
+    workspace = Workspace(x.device, 4 * 5 * 70, 8)
+    for _ in range(2):
+        y = few_rows(x, w, residual_MN=r, workspace=workspace, plan=_Plan(32, 32, split, 4, 2))
+        torch.testing.assert_close(y, r + F.linear(x, w), rtol=1e-5, atol=1e-4)
+        assert workspace.arrived.sum() == 0
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(1, torch.bfloat16), (4, torch.float16)])
+def test_half_precision_rounds_where_torch_does(rows: int, dtype: torch.dtype) -> None:
+    # Several rows go through tl.dot, which triton's interpreter does not do right for bfloat16.
+    x, w = random(rows, 64, seed=1, dtype=dtype), random(64, 64, seed=2, dtype=dtype)
+    gate, up = F.linear(x, w).chunk(2, -1)
+    y = few_rows(x, w, gated=True)
+    assert (y == F.silu(gate) * up).float().mean() > 0.97
+
+
+def test_gru_step() -> None:
+    table, state, u, b = random(11, 120, seed=1), random(3, 40, seed=2), random(120, 40, seed=3), random(120, seed=4)
+    index, parent = torch.tensor([10, 0, 3, 3]), torch.tensor([2, 0, 0, 1])
+    old = state[parent]
+    r_w, z_w, n_w = table[index].chunk(3, -1)
+    r_u, z_u, n_u = F.linear(old, u, b).chunk(3, -1)
+    z = torch.sigmoid(z_w + z_u)
+    expected = (1 - z) * torch.tanh(n_w + torch.sigmoid(r_w + r_u) * n_u) + z * old
+    torch.testing.assert_close(gru_step(table, index, state, parent, u, b), expected, rtol=1e-5, atol=1e-5)
