@@ -46,10 +46,10 @@ def test_split_sums_leave_the_counters_at_zero(split: int) -> None:
         assert workspace.arrived.sum() == 0
 
 
-@pytest.mark.parametrize(("rows", "dtype"), [(1, torch.bfloat16), (4, torch.float16)])
-def test_half_precision_rounds_where_torch_does(rows: int, dtype: torch.dtype) -> None:
-    # Several rows go through tl.dot, which triton's interpreter does not do right for bfloat16.
-    x, w = random(rows, 64, seed=1, dtype=dtype), random(64, 64, seed=2, dtype=dtype)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_half_precision_rounds_where_torch_does(rows: int) -> None:
+    # Not bfloat16: triton's interpreter neither rounds nor multiplies it as a GPU does.
+    x, w = random(rows, 64, seed=1, dtype=torch.float16), random(64, 64, seed=2, dtype=torch.float16)
     gate, up = F.linear(x, w).chunk(2, -1)
     y = few_rows(x, w, gated=True)
     assert (y == F.silu(gate) * up).float().mean() > 0.97

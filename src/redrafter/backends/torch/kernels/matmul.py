@@ -95,7 +95,7 @@ def _skinny(
     squares = tl.zeros((BM,), tl.float32)
     dtype = x.dtype.element_ty
     steps: tl.constexpr = ((K + BK - 1) // BK + SPLIT - 1) // SPLIT
-    for step in range(0, steps):
+    for step in range(steps):
         k = (part * steps + step) * BK + tl.arange(0, BK)
         inside = k < K
         v = tl.load(x + m[None, :] * K + k[:, None], mask=(m < M)[None, :] & inside[:, None], other=0.0)
@@ -256,7 +256,7 @@ def few_rows(
 def gru_step(
     gates_V3S: Tensor, index_R: Tensor, state_PS: Tensor, parent_R: Tensor, u_3SS: Tensor, bias_3S: Tensor
 ) -> Tensor:
-    """[R, S]: a GRU's next state for R beams; ``gates[index[r]]`` is W e of its token, ``state[parent[r]]`` its old state."""
+    """[R, S]: the next state of R beams: ``gates[index[r]]`` is W e of the token, ``state[parent[r]]`` the old state."""
     R, S = index_R.shape[0], state_PS.shape[1]
     assert state_PS.is_contiguous() and gates_V3S.is_contiguous() and R <= MAX_ROWS
     y = torch.empty(R, S, dtype=state_PS.dtype, device=state_PS.device)
