@@ -19,16 +19,21 @@ from redrafter.engine import Engine
 from redrafter.params import DecodeConfig, SamplingParams
 from redrafter.train.evaluate import (
     AnswerText,
+    Coupling,
+    EvalOptions,
     Evaluation,
+    Walk,
     acceptance,
     accepted_lengths,
-    answer_greedily,
     merged_share,
+    noise_keys,
     steps,
     table,
+    write_answers,
 )
 from redrafter.train.prompts import Prompt
 from redrafter.train.target import ATTENTION, TrainingTarget, attend
+from redrafter.train.writing import Writer, WritingConfig
 from tests.tiny import drafter_config, make_model, run
 
 
@@ -82,7 +87,7 @@ def test_steps_equal_those_of_the_engine() -> None:
         shape = DecodeConfig(beam_width=width, branching=8, draft_length=4, tree_size=size)
         ids, statistics = run(Engine(backend, shape), prompt, SamplingParams(max_new_tokens=60))
         text = AnswerText(np.array(prompt + ids), len(prompt))
-        lengths = evaluation.lengths([text], evaluation.contexts([text]), shape, vocabulary=0, rows=16).lengths
+        lengths = evaluation.lengths([text], evaluation.contexts([text]), Walk(shape, rows=16)).lengths
         assert steps(lengths[0][:, -1]) == statistics.steps
         found = table([text], lengths, (size,))[str(size)]["tokens_per_step"]
         assert found == pytest.approx(statistics.tokens_per_step, abs=1e-3)
@@ -90,16 +95,44 @@ def test_steps_equal_those_of_the_engine() -> None:
     assert min(counts) < 60, "some draft must be accepted for this to mean anything"
 
 
+def test_sampled_texts_and_steps_equal_those_of_the_engine() -> None:
+    """At T = 1 with a seed: the same tokens as the engine, and the same steps, with and without coupled beams."""
+    prompts = [[5, 17, 33, 8, 90, 41, 41, 12], [3, 9, 77]]
+    torch.manual_seed(1)
+    drafter = Drafter(drafter_config())
+    backend = TorchBackend(make_target(make_model(), (0, 2)), copy.deepcopy(drafter), 200, eos_ids=[])
+    AttentionInterface.register(ATTENTION, attend)
+    target = TrainingTarget(make_model(attention=ATTENTION), (0, 2))
+    keys = noise_keys(7, 2)
+    settings = WritingConfig(max_new=40, temperature=0.8, drop_loops=False)
+    written = Writer(target, set(), cache_tokens=200).write([np.array(p) for p in prompts], settings, keys)
+    evaluation = Evaluation(target, drafter)
+    taken = {}
+    for coupled in (True, False):
+        shape = DecodeConfig(beam_width=6, branching=6, draft_length=4, tree_size=24, seed_coupled=coupled)
+        found = []
+        for row, prompt in enumerate(prompts):
+            params = SamplingParams(max_new_tokens=40, temperature=0.8, seed=7 + row)
+            found.append(run(Engine(backend, shape), prompt, params))
+        assert [ids for ids, _ in found] == [t.tokens.tolist() for t in sorted(written, key=lambda t: t.row)]
+        texts = [AnswerText(np.array(p + ids), len(p)) for p, (ids, _) in zip(prompts, found, strict=True)]
+        walk = Walk(shape, rows=16, coupling=Coupling(0.8, keys) if coupled else None)
+        lengths = evaluation.lengths(texts, evaluation.contexts(texts), walk).lengths
+        taken[coupled] = [steps(x[:, -1]) for x in lengths]
+        assert taken[coupled] == [statistics.steps for _, statistics in found]
+    assert sum(taken[True]) < sum(taken[False])
+
+
 def test_a_drafter_that_knows_nothing_makes_one_token_per_step_and_tables_say_so(
     model_folder: Path, target: TrainingTarget, tiny_drafter: Drafter
 ) -> None:
     prompts = [Prompt([{"role": "user", "content": f"w{i} w{i + 2}"}], "c") for i in range(5)]
-    texts = answer_greedily(target, AutoTokenizer.from_pretrained(model_folder), prompts, 20)
+    texts = write_answers(target, AutoTokenizer.from_pretrained(model_folder), prompts, EvalOptions(max_new=20))
     assert len(texts) == 5 and all(isinstance(t, AnswerText) and 1 <= len(t.tokens) - t.start <= 20 for t in texts)
     evaluation = Evaluation(target, tiny_drafter)
     contexts = evaluation.contexts(texts, batch_tokens=64)
     shape = DecodeConfig(beam_width=4, branching=4, draft_length=4, tree_size=16)
-    measured = evaluation.lengths(texts, contexts, shape, vocabulary=0, rows=7)
+    measured = evaluation.lengths(texts, contexts, Walk(shape, rows=7))
     lengths = measured.lengths
     assert 0 < measured.merged < 1
     assert [len(x) for x in lengths] == [len(t.tokens) - t.start for t in texts]

@@ -13,7 +13,7 @@ from redrafter.errors import UnsupportedModel
 from redrafter.train.chat import chat_frame
 from redrafter.train.data import group_by_length
 from redrafter.train.target import TrainingTarget
-from redrafter.train.writing import Writer, WritingConfig, distinct_share, loops, pick
+from redrafter.train.writing import Draw, Writer, WritingConfig, distinct_share, loops, pick
 
 
 @pytest.mark.parametrize("lengths", [(5, 5, 5, 5), (3, 9, 6, 1)])
@@ -41,7 +41,7 @@ def test_greedy_texts_equal_generate(model_folder: Path, target: TrainingTarget,
 def test_pick_draws_from_the_softmax() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     hidden = torch.eye(1).expand(40_000, 1)
-    counts = pick(hidden, logits[:, None], 0.5, torch.Generator().manual_seed(0)).bincount(minlength=4) / 40_000
+    counts = pick(hidden, logits[:, None], Draw(0.5, torch.Generator().manual_seed(0))).bincount(minlength=4) / 40_000
     assert torch.allclose(counts, torch.softmax(logits / 0.5, 0), atol=0.01)
 
 

@@ -9,7 +9,7 @@ import typer
 
 from redrafter.cli import options as opt
 
-HELP = """Tokens per step of DRAFTER, acceptance per depth and tree savings, by category, on the model's greedy answers.
+HELP = """Tokens per step of DRAFTER, acceptance per depth and tree savings, by category, on the model's own answers.
 
 A step's tokens count the model's own token. The real beam search and tree are used; since the model's own texts are
 followed, the figures are those of decoding, and need no decoding per tree size.
@@ -18,6 +18,7 @@ followed, the figures are those of decoding, and need no decoding per tree size.
 Examples:
   redrafter eval --model ./my-model --drafter run --prompts questions.jsonl
   redrafter eval --prompts questions.jsonl --category mt_bench --json-out mt.json
+  redrafter eval --prompts questions.jsonl --temperature 1 --seed 0 --no-seed-coupled
 """
 
 
@@ -34,6 +35,11 @@ def evaluate(
     beam_width: Annotated[int, typer.Option(min=1, help="Beams kept per depth.")] = 8,
     branching: Annotated[int, typer.Option(min=1, help="Children scored per beam.")] = 8,
     vocabulary: Annotated[int, typer.Option(min=0, help="Of the drafter's most frequent tokens; 0: all.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0, help="Of the answers; 0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of a temperature over 0: prompt number i has seed + i.")] = 0,
+    seed_coupled: Annotated[
+        bool, typer.Option("--seed-coupled/--no-seed-coupled", help="Beams see the noise that the model adds.")
+    ] = True,
     json_out: Annotated[Path | None, typer.Option(help="Write the tables as JSON, too.", show_default=False)] = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
@@ -54,7 +60,15 @@ def evaluate(
     wanted = [p for p in read_prompts(prompts) if category in p.category]
     if not wanted:
         raise InvalidRequest(f"no prompt has a category that contains {category!r}: pass another --category")
-    options = measure.EvalOptions(max_new_tokens, beam_width, branching, vocabulary=vocabulary)
+    options = measure.EvalOptions(
+        max_new_tokens,
+        beam_width,
+        branching,
+        vocabulary=vocabulary,
+        temperature=temperature,
+        seed=seed,
+        coupled=seed_coupled,
+    )
     result = measure.evaluate(opened, folder, wanted, options)
     print("\n".join(_lines(result)))
     if json_out is not None:

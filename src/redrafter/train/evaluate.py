@@ -1,12 +1,14 @@
 """Tokens per step of a drafter, exactly: the real beam search and tree at every anchor of the target's texts.
 
-Greedy texts make verification a comparison with the text itself, so no target forward is needed per step: walking
-t += accepted + 1 over a text gives the steps that decoding it would take. Tokens per step counts the bonus and the end
-token. Legend: B rows, P pool, W beam width, L draft length, N nodes, A anchors, D hidden size, V vocabulary.
+The target's own texts make verification a comparison with the text itself, so no target forward is needed per step:
+walking t += accepted + 1 over a text gives the steps that decoding it would take. That holds for sampled texts, too,
+since the noise of a position is a function of the seed. Tokens per step counts the bonus and the end token.
+Legend: B rows, P pool, W beam width, L draft length, N nodes, A anchors, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from redrafter.algorithm.beam import DraftBeams, Reading, draft
+from redrafter.algorithm.noise import gumbel, key_of
 from redrafter.algorithm.tree import TokenTree, pack
 from redrafter.backends.torch.checkpoint import load_drafter
 from redrafter.backends.torch.drafter import Drafter
@@ -83,6 +86,24 @@ class Measured(NamedTuple):
     """mean share of the beams' tokens that merging their prefixes removes"""
 
 
+class Coupling(NamedTuple):
+    """Seed-coupled beams: the temperature and every text's noise key, those that the texts were sampled with."""
+
+    temperature: float
+    keys: list[tuple[int, int]]
+
+
+class Walk(NamedTuple):
+    """How texts are followed: accepted drafts for every tree size up to ``shape.tree_size``."""
+
+    shape: DecodeConfig
+    vocabulary: int = 0
+    """how many of the drafter's most frequent tokens it may propose, 0: all"""
+    rows: int = 2048
+    """anchors at a time"""
+    coupling: Coupling | None = None
+
+
 class Evaluation:
     """A drafter on its target, in the target's dtype."""
 
@@ -117,28 +138,48 @@ class Evaluation:
         return out
 
     @torch.inference_mode()
-    def lengths(
-        self, texts: list[AnswerText], contexts: list[Tensor], shape: DecodeConfig, vocabulary: int, rows: int
-    ) -> Measured:
-        """Accepted drafts for every tree size up to ``shape.tree_size``, ``rows`` anchors at a time."""
-        device, ops, drafter = self.target.device, TorchOps(), self.worker(vocabulary)
+    def lengths(self, texts: list[AnswerText], contexts: list[Tensor], walk: Walk) -> Measured:
+        """Accepted drafts at every anchor of the texts."""
+        device, ops, shape = self.target.device, TorchOps(), walk.shape
+        drafter = self.worker(walk.vocabulary)
         tail = np.full(shape.draft_length + 1, -1, dtype=np.int64)
         padded = [np.concatenate([t.tokens[t.start - 1 :], tail]) for t in texts]
         windows = [np.lib.stride_tricks.sliding_window_view(p, shape.draft_length + 1)[:-2] for p in padded]
         text_AL = torch.from_numpy(np.concatenate(windows)).to(device)  # root, then what follows it
         context_AD = torch.cat(contexts)
         parts, merged = [], torch.zeros((), device=device)
-        for first in range(0, len(text_AL), rows):
-            here = slice(first, first + rows)
+        for here, noise in self._parts(texts, [len(w) for w in windows], walk):
             root = text_AL[here, 0].contiguous()
             ones = torch.ones_like(root)
             reading = Reading(context_AD[here, None], root[:, None], ones, ones)
-            beams = draft(ops, drafter, reading, root, shape)
+            beams = draft(ops, drafter, reading, root, shape, noise)
             tree = pack(ops, beams, root, shape.tree_size)
             merged += merged_share(beams).sum()
-            parts.append(accepted_lengths(tree, text_AL[here, 1:]).to(torch.int8).cpu().numpy())
+            parts.append(accepted_lengths(tree, text_AL[here, 1:]).to(torch.int8))
         bounds = np.cumsum([len(w) for w in windows])[:-1]
-        return Measured(np.split(np.concatenate(parts), bounds), float(merged) / len(text_AL))
+        return Measured(np.split(torch.cat(parts).cpu().numpy(), bounds), float(merged) / len(text_AL))
+
+    def _parts(
+        self, texts: list[AnswerText], counts: list[int], walk: Walk
+    ) -> Iterator[tuple[slice, tuple[Tensor, Tensor] | None]]:
+        """Ranges of anchors with their noise: of many texts at once without, of one text at most with it."""
+        if walk.coupling is None:
+            for first in range(0, sum(counts), walk.rows):
+                yield slice(first, first + walk.rows), None
+            return
+        device, depths = self.target.device, walk.shape.draft_length
+        token_V = torch.arange(len(self.target.head), device=device)
+        begin = 0
+        for text, count, key in zip(texts, counts, walk.coupling.keys, strict=True):
+            for first in range(0, count, walk.rows):
+                rows = min(walk.rows, count - first)
+                # The root of anchor a is token start - 1 + a; the draft of depth k stands k further on.
+                position = torch.arange(rows + depths - 1, device=device) + text.start + first
+                noise_PV = gumbel(TorchOps(), torch.tensor([key], device=device), position[None], token_V)[0]
+                inverse = torch.full((rows,), 1 / walk.coupling.temperature, device=device)
+                here = slice(begin + first, begin + first + rows)
+                yield here, (noise_PV.unfold(0, depths, 1).transpose(1, 2), inverse)
+            begin += count
 
 
 def visited(accepted_A: np.ndarray) -> list[int]:
@@ -196,7 +237,7 @@ def tokens_by_shape(evaluation: Evaluation, texts: list[AnswerText]) -> list[dic
             break
         length = min(length, config.draft_length)
         shape = DecodeConfig(beam_width=4, branching=branching, draft_length=length, tree_size=max(sizes))
-        lengths = evaluation.lengths(texts, contexts, shape, 0, rows=2048).lengths
+        lengths = evaluation.lengths(texts, contexts, Walk(shape)).lengths
         found = table(texts, lengths, sizes)
         out += [
             {"beam_width": 4, "branching": branching, "draft_length": length, "tree_size": size}
@@ -220,17 +261,40 @@ def training_texts(samples: Samples, limit: int) -> list[AnswerText]:
     ]
 
 
-def answer_greedily(target: TrainingTarget, tokenizer: Any, prompts: list[Prompt], max_new: int) -> list[AnswerText]:
-    """The target's own greedy answer to every prompt, in the order of the prompts."""
+class EvalOptions(NamedTuple):
+    max_new: int = 256
+    beam_width: int = 8
+    branching: int = 8
+    rows: int = 2048
+    vocabulary: int = 0
+    """how many of the drafter's most frequent tokens it may propose, 0: all"""
+    temperature: float = 0.0
+    seed: int = 0
+    """of the first prompt, at a temperature over 0"""
+    coupled: bool = True
+    """at a temperature over 0: beams see the noise that the target adds"""
+
+
+def noise_keys(seed: int, count: int) -> list[tuple[int, int]]:
+    """Of ``count`` prompts; prompt i has seed + i, as in ``redrafter bench``."""
+    return [key_of(seed + i) for i in range(count)]
+
+
+def write_answers(
+    target: TrainingTarget, tokenizer: Any, prompts: list[Prompt], options: EvalOptions
+) -> list[AnswerText]:
+    """The target's own answer to every prompt, in the order of the prompts: greedy, or with each prompt's seed."""
+    max_new = options.max_new
     ids = [np.array(x) for x in encode(tokenizer, [render(tokenizer, p.messages) for p in prompts])]
     longest = max(len(x) for x in ids)
     writer = Writer(target, end_ids(tokenizer, target.config), min(len(ids) * (longest + max_new), cache_slots(target)))
-    settings = WritingConfig(max_new=max_new, drop_loops=False)
+    settings = WritingConfig(max_new=max_new, temperature=options.temperature, drop_loops=False)
+    keys = noise_keys(options.seed, len(ids)) if options.temperature > 0 else None
     rows = writer.rows_that_fit(longest, settings)
     texts: dict[int, AnswerText] = {}
     for first in range(0, len(ids), rows):
         part = ids[first : first + rows]
-        for text in writer.write(part, settings):
+        for text in writer.write(part, settings, keys and keys[first : first + rows]):
             texts[first + text.row] = AnswerText(np.concatenate([part[text.row], text.tokens]), len(part[text.row]))
     return [texts[i] for i in range(len(ids))]
 
@@ -244,17 +308,27 @@ def categories(prompts: list[Prompt]) -> dict[str, list[int]]:
     return out
 
 
-class EvalOptions(NamedTuple):
-    max_new: int = 256
-    beam_width: int = 8
-    branching: int = 8
-    rows: int = 2048
-    vocabulary: int = 0
-    """how many of the drafter's most frequent tokens it may propose, 0: all"""
+def by_category(
+    evaluation: Evaluation, texts: list[AnswerText], prompts: list[Prompt], options: EvalOptions
+) -> dict[str, Any]:
+    """Tokens per step by category and tree size, acceptance per depth, and what merging saves, on answers at hand."""
+    shape = evaluation_shape(evaluation.drafter, options.beam_width, options.branching)
+    coupling = None
+    if options.temperature > 0 and options.coupled:
+        coupling = Coupling(options.temperature, noise_keys(options.seed, len(texts)))
+    walk = Walk(shape, options.vocabulary, options.rows, coupling)
+    measured = evaluation.lengths(texts, evaluation.contexts(texts), walk)
+    found: dict[str, Any] = {}
+    for name, index in categories(prompts).items():
+        lengths = [measured.lengths[i] for i in index]
+        found[name] = table([texts[i] for i in index], lengths, TREE_SIZES)
+        found[name]["acceptance_per_depth"] = acceptance(lengths, shape.draft_length)
+    settings = {**options._asdict(), "beam_width": shape.beam_width, "branching": shape.branching}
+    return {"settings": settings, "merged_share": round(measured.merged, 4), "categories": found}
 
 
 def evaluate(model: OpenModel, folder: Path, prompts: list[Prompt], options: EvalOptions) -> dict[str, Any]:
-    """Tokens per step by category and tree size, acceptance per depth and what merging saves, greedy."""
+    """What a drafter is worth on the target's answers to the prompts."""
     if not prompts:
         raise InvalidRequest("no prompts to evaluate on: give a file with at least one")
     drafter = load_drafter(folder)
@@ -265,26 +339,11 @@ def evaluate(model: OpenModel, folder: Path, prompts: list[Prompt], options: Eva
         raise InvalidRequest(
             f"max_new={options.max_new} leaves no room in a context of {model.context_limit}: lower it"
         )
-    shape = evaluation_shape(drafter, options.beam_width, options.branching)
-    evaluation = Evaluation(target, drafter)
-    texts = answer_greedily(target, tokenizer, prompts, options.max_new)
-    measured = evaluation.lengths(texts, evaluation.contexts(texts), shape, options.vocabulary, options.rows)
-    found: dict[str, Any] = {}
-    for name, index in categories(prompts).items():
-        lengths = [measured.lengths[i] for i in index]
-        found[name] = table([texts[i] for i in index], lengths, TREE_SIZES)
-        found[name]["acceptance_per_depth"] = acceptance(lengths, shape.draft_length)
+    texts = write_answers(target, tokenizer, prompts, options)
     return {
         "model": model.files.name,
         "drafter": str(folder),
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "settings": {
-            "beam_width": shape.beam_width,
-            "branching": shape.branching,
-            "temperature": 0,
-            **options._asdict(),
-        },
-        "merged_share": round(measured.merged, 4),
-        "categories": found,
+        **by_category(Evaluation(target, drafter), texts, prompts, options),
     }

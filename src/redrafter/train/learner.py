@@ -37,14 +37,6 @@ class Group:
             for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
                 t.copy_(part.view_as(t))
 
-    def any(self, flag: bool) -> bool:
-        """Whether it is true in any process."""
-        if self.world == 1:
-            return flag
-        found = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return bool(found > 0)
-
     def close(self) -> None:
         if self.world > 1:
             dist.destroy_process_group()

@@ -32,6 +32,7 @@ from redrafter.train.checkpoint import Checkpoint, newest_checkpoint, save_check
 from redrafter.train.evaluate import (
     TREE_SIZES,
     Evaluation,
+    Walk,
     evaluation_shape,
     heldout_texts,
     table,
@@ -48,6 +49,8 @@ from redrafter.train.target import OpenModel
 from redrafter.train.trainer import StepReport
 
 RUN, CHECKPOINTS, DRAFTER = "run.json", "checkpoints", "drafter"
+AGREE_EVERY = 10
+"""Steps between the looks that several processes take at each other's clocks and signals: each waits for all GPUs."""
 SHAPE_TEXTS = 24
 """Texts that the tokens per step of every beam shape are measured on."""
 
@@ -238,37 +241,44 @@ class Run:
     def _steps(self, stop: Stop) -> None:
         mark, anchors = time.monotonic(), self.progress.anchors
         self._clock = mark
-        while not self.group.any(self.finished):
+        while not self.finished:
             report = self._step()
-            self._tick()
-            step, late = self.progress.step, time.monotonic() - self.called > self.conduct.stop_after
-            ending = self.group.any(stop.asked or late)
-            done = self.group.any(self.finished)
+            step, ending = self.progress.step, False
+            every = (AGREE_EVERY, self.conduct.log_every, self.settings.eval_every, self.conduct.save_every)
+            due = self.group.world == 1 or step <= 3 or any(step % n == 0 for n in every)
+            if due or step == self.total_steps:
+                ending = self._agree(stop.asked or time.monotonic() - self.called > self.conduct.stop_after)
+            done = self.finished
             if step % self.conduct.log_every == 0 or step <= 3 or done or ending:
+                # Waits for the device, so that a rate is one of finished work.
+                self.check_losses()
                 self._log(report, (self.progress.anchors - anchors) / max(1e-9, time.monotonic() - mark))
                 mark, anchors = time.monotonic(), self.progress.anchors
             evaluating = step % self.settings.eval_every == 0 or done
             if evaluating or ending or step % self.conduct.save_every == 0:
                 # This waits for the device, which is training time; evaluating and saving are none.
                 self.check_losses()
-                self._tick()
+                self._agree(False)
                 if evaluating:
                     self.evaluate()
                 self.save()
-                self._clock = time.monotonic()
+                mark, anchors = time.monotonic(), self.progress.anchors
+                self._clock = mark
             if ending:
                 return
 
-    def _tick(self) -> None:
-        """Count the time since the last call as training time: the mean over all processes."""
+    def _agree(self, ending: bool) -> bool:
+        """Count the time since the last call as training time, the mean over all processes; -> whether any of them
+        is ``ending``. What decides where a run stands is the same in all of them."""
         now = time.monotonic()
-        elapsed = now - self._clock
+        elapsed, wish = now - self._clock, float(ending)
         if self.group.world > 1:
-            total = torch.tensor([elapsed], dtype=torch.float64, device=self.model.device)
+            total = torch.tensor([elapsed, wish], dtype=torch.float64, device=self.model.device)
             self.group.sum([total])
-            elapsed = float(total) / self.group.world
+            elapsed, wish = float(total[0]) / self.group.world, float(total[1])
         self.progress.trained_seconds += elapsed
         self._clock = now
+        return wish > 0
 
     def _step(self) -> StepReport:
         settings, world = self.settings, self.group.world
@@ -297,7 +307,6 @@ class Run:
         self._unchecked.clear()
 
     def _log(self, report: StepReport, rate: float) -> None:
-        self.check_losses()
         p = self.progress
         line: dict[str, Any] = {"step": p.step, "batch": p.batch, "anchors": p.anchors}
         line |= {"loss": round(float(report.loss), 5), "lr": self.learner.optimizer.param_groups[0]["lr"]}
@@ -319,8 +328,8 @@ class Run:
         if self.group.rank == 0:
             drafter = self.learner.averaged()
             evaluation = Evaluation(self.learner.target, self.learner.averaged())
-            shape = evaluation_shape(drafter)
-            measured = evaluation.lengths(self.texts, evaluation.contexts(self.texts), shape, 0, rows=2048)
+            walk = Walk(evaluation_shape(drafter))
+            measured = evaluation.lengths(self.texts, evaluation.contexts(self.texts), walk)
             found = table(self.texts, measured.lengths, TREE_SIZES)
             value = found[str(max(TREE_SIZES))]["tokens_per_step"]
             self.last = {"tokens_per_step": value, "merged_share": round(measured.merged, 4)}

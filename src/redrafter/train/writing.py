@@ -5,7 +5,7 @@ Legend: B rows, P prompt tokens (padded on the left), D hidden size, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from redrafter.algorithm.noise import gumbel
+from redrafter.backends.torch.ops import TorchOps
 from redrafter.train.target import BatchCache, TrainingTarget, cap
 
 LOOP_SHARE = 0.6
@@ -56,16 +58,31 @@ def loops(tokens: np.ndarray) -> bool:
     return len(t) >= 4 and len(set(zip(t, t[1:], t[2:], t[3:], strict=False))) < LOOP_SHARE * (len(t) - 3)
 
 
-def pick(
-    hidden_BD: Tensor, head_VD: Tensor, temperature: float, generator: torch.Generator | None, softcap: float = 0.0
-) -> Tensor:
+class Draw(NamedTuple):
+    """How a token is drawn at a temperature over 0: with a generator's noise, or with that of keys (rows must then
+    be written to one answer each, whatever batch they are in)."""
+
+    temperature: float
+    generator: torch.Generator
+    key_B2: Tensor | None = None
+    position_B: Tensor | None = None
+    """absolute position of the token that is drawn"""
+
+    def noise(self, logits_BV: Tensor, rows: slice) -> Tensor:
+        if self.key_B2 is None or self.position_B is None:
+            return torch.empty_like(logits_BV).exponential_(generator=self.generator).log_().neg_()
+        token_V = torch.arange(logits_BV.shape[1], device=logits_BV.device)
+        return gumbel(TorchOps(), self.key_B2[rows], self.position_B[rows, None], token_V)[:, 0]
+
+
+def pick(hidden_BD: Tensor, head_VD: Tensor, draw: Draw | None, softcap: float = 0.0) -> Tensor:
     """[B] next tokens: argmax, or a draw from softmax(logits / T) as argmax(logits / T + Gumbel noise)."""
     out = []
-    for chunk in hidden_BD.float().split(_PICK_ROWS):
-        logits = cap(chunk @ head_VD.T, softcap)
-        if temperature > 0:
-            noise = torch.empty_like(logits).exponential_(generator=generator)
-            logits = logits.div_(temperature).sub_(noise.log_())
+    for first in range(0, len(hidden_BD), _PICK_ROWS):
+        rows = slice(first, first + _PICK_ROWS)
+        logits = cap(hidden_BD[rows].float() @ head_VD.T, softcap)
+        if draw is not None:
+            logits = logits.mul_(1 / draw.temperature).add_(draw.noise(logits, rows))
         out.append(logits.argmax(-1))
     return torch.cat(out)
 
@@ -85,8 +102,10 @@ class Writer:
         return max(1, self.cache.tokens // (length + config.max_new))
 
     @torch.inference_mode()
-    def write(self, prompts: list[np.ndarray], config: WritingConfig) -> list[Text]:
-        """One text per prompt, in no particular order."""
+    def write(
+        self, prompts: list[np.ndarray], config: WritingConfig, keys: Sequence[tuple[int, int]] | None = None
+    ) -> list[Text]:
+        """One text per prompt, in no particular order. ``keys``: each prompt's noise key, at a temperature over 0."""
         device = self.target.device
         tokens_BP, pad_B = _left_pad(prompts)
         length = tokens_BP.shape[1]
@@ -98,9 +117,13 @@ class Writer:
         ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         row_B = torch.arange(len(prompts), device=device)
         slots = torch.arange(length + config.max_new, device=device)
+        key_B2 = None if keys is None else torch.tensor(keys, device=device)
         texts: list[Text] = []
         for i in range(config.max_new):
-            token_B = pick(hidden_BD, self.head, config.temperature, self.generator, self.target.softcap)
+            draw = None
+            if config.temperature > 0:
+                draw = Draw(config.temperature, self.generator, key_B2, length + i - pad_B)
+            token_B = pick(hidden_BD, self.head, draw, self.target.softcap)
             out_BN[:, i] = token_B
             ended_B |= torch.isin(token_B, self.end)
             self.raw_tokens += len(token_B)
@@ -118,6 +141,7 @@ class Writer:
                     row_B, out_BN, ended_B, pad_B, token_B = (
                         x[index] for x in (row_B, out_BN, ended_B, pad_B, token_B)
                     )
+                    key_B2 = None if key_B2 is None else key_B2[index]
             self.cache.window(0, len(row_B), length + i)
             mask = (slots[: length + i + 1] >= pad_B[:, None])[:, None, None] if ragged else None
             position_B1 = (length + i - pad_B)[:, None]
