@@ -135,7 +135,10 @@ class ScriptedDrafter:
     def allocate(self, rows: int, capacity: int) -> None:
         """It keeps nothing."""
 
-    def move_row(self, source: int, to: int) -> None:
+    def copy_prefix(self, source: int, to: int, tokens: int) -> None:
+        """It keeps nothing."""
+
+    def swap_rows(self, a: int, b: int, tokens: int) -> None:
         """It keeps nothing."""
 
     def read(self, reading: Reading, row: int = 0) -> None:

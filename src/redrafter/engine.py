@@ -1,7 +1,8 @@
 """Requests, rows, steps: ``add``, ``step``, ``cancel`` are the whole interface. Token ids only; text is upstairs.
 
 Running requests occupy rows 0..n-1 without gaps, so that a step computes nothing for the absent; when one ends, the
-last row moves into its place.
+last row takes its place. One prompt at a time is read, a chunk per step, into a row behind them. The other rows keep
+what ended requests left there until they are needed, for prompts that begin alike.
 """
 
 from __future__ import annotations
@@ -9,144 +10,76 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any
 
-from redrafter.algorithm.accept import Accepted
-from redrafter.algorithm.beam import Reading
 from redrafter.algorithm.ops import Array
 from redrafter.algorithm.sampling import Sampling
 from redrafter.algorithm.step import DecodeState
-from redrafter.algorithm.tree import TokenTree, unmerged_tokens
-from redrafter.errors import InvalidRequest, NonFiniteLogits, RedrafterError
+from redrafter.backends.protocol import Backend, Outcome, SamplingHistory
+from redrafter.batch import MAX_PENDING, append, first_state, join, last_pair, of_width, take_rows
+from redrafter.errors import InvalidRequest, NonFiniteLogits, Overloaded, RedrafterError, RequestFailed
 from redrafter.params import PLAIN, DecodeConfig, SamplingParams
+from redrafter.policy import Fixed, Policy
+from redrafter.prefix import Prefixes
+from redrafter.requests import EngineLoad, Event, Request, RequestStatistics
 
-
-class Backend(Protocol):
-    """What an engine needs of a backend beside the algorithm's own protocols; one object owns target and drafter."""
-
-    ops: Any
-    target: Any
-    """an algorithm.step.Target"""
-    drafter: Any
-    """an algorithm.beam.Drafter, or None"""
-    context_limit: int
-    eos_ids: frozenset[int]
-    run_ahead: bool
-    """the engine launches a step before it reads the one before, so that the device never waits for the host"""
-
-    def step(self, state: DecodeState, config: DecodeConfig) -> tuple[DecodeState, Accepted, TokenTree]:
-        """One decoding step (``algorithm.step.step``) of every row of ``state``, which are the cache's first rows."""
-
-    def reserve(self, rows: int, tokens: int) -> None:
-        """Cache room for so many rows of so many tokens each; raises OutOfMemory."""
-
-    def prefill(self, row: int, token_ids: Sequence[int]) -> Array:
-        """Read the tokens into an empty row of target and drafter; features [F] of the last, zeros if there is none."""
-
-    def move_row(self, source: int, to: int) -> None:
-        """Row ``to`` becomes what row ``source`` was, in every cache."""
-
-    def sampling(self, requests: Sequence[SamplingHistory]) -> Sampling:
-        """The batch's settings as arrays; a field that no request uses is None."""
-
-    def array(self, values: Any) -> Array:
-        """int64 array of nested lists."""
-
-    def host(self, array: Array) -> Any:
-        """Nested lists of an array."""
-
-    def synchronize(self) -> None:
-        """Wait for the device, so that a clock read afterwards means something."""
-
-
-class SamplingHistory(NamedTuple):
-    params: SamplingParams
-    prompt_ids: Sequence[int]
-    answer_ids: Sequence[int]
+__all__ = ["Backend", "Engine", "EngineLoad", "Event", "RequestStatistics", "SamplingHistory", "first_state"]
 
 
 @dataclass
-class RequestStatistics:
-    """Sums over a request's steps so far. Times are wall seconds since the request was added."""
+class _Prefill:
+    """A prompt on its way into the cache."""
 
-    prompt_tokens: int = 0
-    answer_tokens: int = 0
-    steps: int = 0
-    drafted_steps: int = 0
-    accepted_at_depth: list[int] = field(default_factory=list)
-    """[d]: steps that accepted at least d + 1 drafted tokens"""
-    tree_nodes: int = 0
-    """nodes verified, roots included, in drafted steps"""
-    unmerged_tokens: int = 0
-    """rows the same paths would have taken without merging shared prefixes"""
-    prefill_seconds: float = 0.0
-    first_token_seconds: float = 0.0
-    seconds: float = 0.0
-
-    @property
-    def tokens_per_step(self) -> float:
-        """Accepted drafted tokens + the bonus, per step; 1 is plain decoding."""
-        return self.answer_tokens / self.steps if self.steps else 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Decoding rate: answer tokens after the first over the time since the first."""
-        decoding = self.seconds - self.first_token_seconds
-        return (self.answer_tokens - self._first) / decoding if decoding > 0 else 0.0
-
-    _first: int = 0
-
-    @property
-    def acceptance_per_depth(self) -> list[float]:
-        return [n / self.drafted_steps for n in self.accepted_at_depth] if self.drafted_steps else []
-
-    @property
-    def removed_share(self) -> float:
-        """Share of tokens that merging shared prefixes removed (the paper: 0.3 to 0.6)."""
-        return 1 - self.tree_nodes / self.unmerged_tokens if self.unmerged_tokens else 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        values = {k: v for k, v in asdict(self).items() if not k.startswith("_")}
-        for name in ("tokens_per_step", "tokens_per_second", "acceptance_per_depth", "removed_share"):
-            values[name] = getattr(self, name)
-        return values
-
-
-class Event(NamedTuple):
-    """What one step did for one request."""
-
-    request_id: str
-    tokens: tuple[int, ...]
-    drafted: int
-    """the first ``drafted`` tokens were drafted and agreed to; the rest (at most one) is the target's own"""
-    finish_reason: str | None
-    """stop | length | cancelled | error; None while the request runs"""
-    error: RedrafterError | None
-    statistics: RequestStatistics
+    request: Request
+    row: int
+    started: float
+    features: Array | None = None
+    """of the last token read here"""
 
 
 @dataclass
-class _Request:
-    request_id: str
-    prompt_ids: list[int]
-    params: SamplingParams
-    stop_ids: frozenset[int]
-    added: float
-    answer_ids: list[int] = field(default_factory=list)
-    statistics: RequestStatistics = field(default_factory=RequestStatistics)
+class _Flight:
+    """A step that was launched and whose outcome the host has not read."""
+
+    requests: list[Request]
+    config: DecodeConfig
+    handle: Any
+    launched: float
+    alone: bool
+    """no prompt was read just before it"""
 
 
 class Engine:
-    """Continuous batching over one target: requests join and leave between steps."""
+    """Continuous batching over one target: requests join and leave between steps.
 
-    def __init__(self, backend: Backend, config: DecodeConfig, max_batch: int = 8) -> None:
+    ``config`` is the beam shape of every step, or a policy that picks one for each. ``max_waiting`` bounds the queue
+    (None: no bound). ``prefix_reuse``: copy the keys and values of a prompt's beginning from a request that has them.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        config: DecodeConfig | Policy,
+        max_batch: int = 8,
+        *,
+        max_waiting: int | None = None,
+        prefix_reuse: bool = True,
+    ) -> None:
         self.backend = backend
-        self.config = config if backend.drafter is not None else PLAIN
+        if backend.drafter is None:
+            config = PLAIN
+        self.policy: Policy = Fixed(config) if isinstance(config, DecodeConfig) else config
         self.max_batch = max_batch
-        self._waiting: deque[_Request] = deque()
-        self._running: list[_Request] = []
+        self.max_waiting = max_waiting
+        self.prefix_reuse = prefix_reuse
+        self._prefixes = Prefixes(backend)
+        self._waiting: deque[Request] = deque()
+        self._prefilling: _Prefill | None = None
+        self._running: list[Request] = []
         self._state: DecodeState | None = None
+        self._flights: deque[_Flight] = deque()
+        self._landed = 0.0
         self._events: list[Event] = []
 
     @property
@@ -154,19 +87,35 @@ class Engine:
         return self.backend.context_limit
 
     @property
+    def config(self) -> DecodeConfig:
+        """The usual beam shape."""
+        return self.policy.shapes[0]
+
+    @property
     def speculative(self) -> bool:
-        return self.config.speculative
+        return any(shape.speculative for shape in self.policy.shapes)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._running or self._events)
+        return bool(self._waiting or self._prefilling or self._running or self._events)
+
+    @property
+    def load(self) -> EngineLoad:
+        used = sum(request.cached for request in self._running)
+        allocated = self.backend.rows * self.backend.slots
+        waiting = len(self._waiting) + (self._prefilling is not None)
+        share = used / allocated if allocated else 0.0
+        return EngineLoad(len(self._running), waiting, used, len(self.backend.held), share)
 
     def without_speculation(self) -> Engine:
         """Plain decoding through the same code, weights and cache; one of the two may have work at a time."""
-        return Engine(self.backend, PLAIN, self.max_batch)
+        return Engine(self.backend, PLAIN, self.max_batch, max_waiting=self.max_waiting, prefix_reuse=self.prefix_reuse)
 
-    def add(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
-        """Queue a request. Raises InvalidRequest for a prompt that cannot be served, before anything is allocated."""
+    def add(
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, cache_salt: str | None = None
+    ) -> None:
+        """Queue a request. Raises InvalidRequest for a prompt that cannot be served and Overloaded when the queue is
+        full, before anything is allocated. Only requests of one ``cache_salt`` share their prompts' beginnings."""
         limit, vocab = self.context_limit, self.backend.target.vocab_size
         if not prompt_ids:
             raise InvalidRequest("the prompt has 0 tokens: it must have at least 1; give some text")
@@ -178,152 +127,245 @@ class Engine:
         for token in (min(prompt_ids), max(prompt_ids), *params.logit_bias):
             if not 0 <= token < vocab:
                 raise InvalidRequest(f"token id {token} is not in the vocabulary: ids go from 0 to {vocab - 1}")
-        if any(r.request_id == request_id for r in (*self._waiting, *self._running)):
+        if any(request.request_id == request_id for request in self._requests()):
             raise InvalidRequest(f"request id {request_id!r} is already in use: pick another")
+        if self.max_waiting is not None and len(self._waiting) >= self.max_waiting:
+            raise Overloaded(
+                f"{len(self._waiting)} requests wait and the queue holds {self.max_waiting}: try again later"
+            )
         stop = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.backend.eos_ids)
-        request = _Request(request_id, list(prompt_ids), params, stop, time.perf_counter())
+        room = min(params.max_new_tokens, limit - len(prompt_ids))
+        request = Request(request_id, list(prompt_ids), params, stop, room, cache_salt, time.perf_counter())
         request.statistics.prompt_tokens = len(prompt_ids)
         self._waiting.append(request)
 
     def cancel(self, request_id: str) -> None:
         """End a request now; an unknown id is ignored, since it may just have finished."""
-        for request in [r for r in self._waiting if r.request_id == request_id]:
-            self._waiting.remove(request)
+        for request in [r for r in self._requests() if r.request_id == request_id]:
             self._finish(request, "cancelled")
-        for row in [i for i, r in enumerate(self._running) if r.request_id == request_id]:
-            self._finish(self._running[row], "cancelled")
-            self._leave([row])
+            if request in self._running:
+                self._leave([request])
+            elif request in self._waiting:
+                self._waiting.remove(request)
+            else:
+                self._abandon()
+
+    def cancel_all(self) -> None:
+        """End every request now. After an exception in ``step`` it makes the engine usable again."""
+        for request in self._requests():
+            self._finish(request, "cancelled")
+        self._waiting.clear()
+        self._running.clear()
+        self._flights.clear()
+        self._prefilling = self._state = None
 
     def step(self) -> list[Event]:
-        """Admit waiting requests, advance every running one by one step, say what happened."""
-        while self._waiting and len(self._running) < self.max_batch:
-            self._admit(self._waiting.popleft())
-        if self._running:
-            assert self._state is not None
-            self._state, accepted, tree = self.backend.step(self._state, self.config)
-            self._read(accepted, tree)
+        """Read a chunk of a waiting prompt, advance every running request by one step, say what happened."""
+        alone = not self._prefill()
+        launched = self._launch(alone)
+        ahead = 1 if launched and self.backend.run_ahead else 0
+        while len(self._flights) > ahead:
+            self._land(self._flights.popleft())
         events, self._events = self._events, []
         return events
 
-    def _admit(self, request: _Request) -> None:
-        """Prefill all but the last prompt token. That one is the root: the first step is a step like any other."""
-        backend, row = self.backend, len(self._running)
-        tokens = min(len(request.prompt_ids) + request.params.max_new_tokens, self.context_limit)
-        started = time.perf_counter()
+    def check(self) -> None:
+        """What must hold between steps; for tests."""
+        requests, count = self._requests(), len(self._running)
+        assert count <= self.max_batch
+        assert len({r.request_id for r in requests}) == len(requests)
+        assert not any(r.ended for r in requests)
+        assert (self._state is None) == (count == 0)
+        assert self._state is None or all(x.shape[0] == count for x in (self._state.root, *self._state.reading))
+        taken = set(range(count)) | ({self._prefilling.row} if self._prefilling else set())
+        assert not taken & set(self.backend.held), "a row in use is named as free"
+        assert max((*taken, *self.backend.held), default=-1) < max(self.backend.rows, count)
+        assert len(self._flights) <= (1 if self.backend.run_ahead else 0)
+        assert count or not self._flights
+        lengths = [] if self._state is None else self.backend.host(self._state.lengths)
+        for request, length in zip(self._running, lengths, strict=True):
+            known = len(request.prompt_ids) + len(request.answer_ids) - 1
+            assert request.cached == known <= length <= known + self._in_flight(request)
+
+    def _requests(self) -> list[Request]:
+        prefilling = [self._prefilling.request] if self._prefilling else []
+        return [*self._waiting, *prefilling, *self._running]
+
+    def _prefill(self) -> bool:
+        """Read at most one chunk of one waiting prompt; True if something was read. The last prompt token is left: it
+        is the root, and the request's first step is a step like any other."""
+        while self._prefilling is None and self._waiting and len(self._running) < self.max_batch:
+            self._admit(self._waiting.popleft())
+        task = self._prefilling
+        if task is None:
+            return False
+        request, backend = task.request, self.backend
+        prompt = request.prompt_ids[:-1]
+        read = request.cached < len(prompt)
         try:
-            backend.reserve(row + 1, tokens + max(self.config.tree_size, self.config.draft_length + 1))
-            features = backend.prefill(row, request.prompt_ids[:-1])
-        except RedrafterError as error:
-            self._finish(request, "error", error)
-            return
-        backend.synchronize()
-        request.statistics.prefill_seconds = time.perf_counter() - started
-        self._running.append(request)
-        self._join(request, features)
+            if read:
+                task.features, request.cached = backend.prefill_chunk(task.row, prompt, request.cached, task.features)
+                request.pairs = request.cached - 1
+                if not self._flights:
+                    backend.synchronize()
+        except Exception as error:  # noqa: BLE001 - whatever it was, it was this request's, and the others go on
+            self._finish(request, "error", _named(request, error))
+            self._prefilling = None
+            return True
+        if request.cached == len(prompt):
+            self._join(task)
+        return read
 
-    def _join(self, request: _Request, features_F: Array) -> None:
-        backend = self.backend
-        new = first_state(backend, self.config, features_F, request.prompt_ids[-1], len(request.prompt_ids) - 1)
-        if self._state is not None:
-            new = _map2(lambda old, add: backend.ops.concat([old, add], 0), self._state, new)
-        self._state = new._replace(sampling=self._sampling())
-
-    def _sampling(self) -> Sampling:
-        return self.backend.sampling([SamplingHistory(r.params, r.prompt_ids, r.answer_ids) for r in self._running])
-
-    def _leave(self, rows: list[int]) -> None:
-        """Free these rows; the last ones move into their places."""
-        state = self._state
-        assert state is not None
-        for row in sorted(rows, reverse=True):
-            last = len(self._running) - 1
-            order = list(range(last))
-            if row != last:
-                self.backend.move_row(last, row)
-                self._running[row] = self._running[last]
-                order[row] = last
-            self._running.pop()
-            index = self.backend.array(order)
-            state = _map2(lambda old, _, index=index: old[index], state, state)
-        self._state = state._replace(sampling=self._sampling()) if self._running else None
-
-    def _read(self, accepted: Accepted, tree: TokenTree) -> None:
-        """Move a step's outcome to the host, request by request."""
-        backend, ops = self.backend, self.backend.ops
-        tokens, lengths = backend.host(accepted.tokens), backend.host(accepted.length)
-        finite = backend.host(accepted.finite)
-        nodes = backend.host(ops.sum(tree.live)) if self.speculative else [1] * len(tokens)
-        unmerged = backend.host(unmerged_tokens(ops, tree)) if self.speculative else nodes
+    def _admit(self, request: Request) -> None:
+        """Make room for the request and take what its prompt shares with a text in the cache."""
+        shapes = self.policy.shapes
+        tokens = len(request.prompt_ids) + request.room + max(max(s.tree_size, s.draft_length + 1) for s in shapes)
+        if self.backend.run_ahead:  # a step may follow the request's last one
+            tokens += max(s.draft_length + 1 for s in shapes)
         now = time.perf_counter()
-        ended = []
-        for row, request in enumerate(self._running):
-            stats = request.statistics
-            stats.steps += 1
-            stats.seconds = now - request.added
-            if self.speculative:
-                stats.drafted_steps += 1
-                stats.tree_nodes += nodes[row]
-                stats.unmerged_tokens += unmerged[row]
-                depths = stats.accepted_at_depth or [0] * self.config.draft_length
-                stats.accepted_at_depth = [n + (d < lengths[row]) for d, n in enumerate(depths)]
-            if not finite[row]:
-                error = NonFiniteLogits(
-                    f"request {request.request_id!r}: the model's logits after {len(request.answer_ids)} tokens are "
-                    "not finite: its weights or this dtype do not work; try --dtype float32"
-                )
-                self._finish(request, "error", error)
-                ended.append(row)
-            elif self._emit(request, tokens[row][: lengths[row] + 1], lengths[row]):
-                ended.append(row)
+        request.statistics.queue_seconds = now - request.added
+        row = len(self._running)
+        try:
+            self.backend.reserve(row + 1, tokens)
+            running = self._running if self.prefix_reuse else None
+            request.cached = request.pairs = self._prefixes.claim(row, request, running, self.max_batch)
+        except Exception as error:  # noqa: BLE001 - as above
+            self._finish(request, "error", _named(request, error))
+            return
+        request.statistics.reused_tokens = request.cached
+        self._prefilling = _Prefill(request, row, now)
+
+    def _abandon(self) -> None:
+        """Stop reading a prompt; what was read of it may serve another."""
+        assert self._prefilling is not None
+        if self.prefix_reuse:
+            self._prefixes.park(self._prefilling.row, self._prefilling.request)
+        self._prefilling = None
+
+    def _join(self, task: _Prefill) -> None:
+        request, row, backend = task.request, len(self._running), self.backend
+        self._prefilling = None
+        request.statistics.prefill_seconds = time.perf_counter() - task.started
+        self._prefixes.relocate(task.row, row, request.cached)
+        features = backend.no_features() if task.features is None else task.features
+        new = first_state(backend, PLAIN, features, request.prompt_ids[-1], len(request.prompt_ids) - 1)
+        old, self._running = self._state, [*self._running, request]
+        if old is not None:
+            new = join(backend.ops, old, new)
+        self._state = new._replace(sampling=self._sampling(new.sampling, list(range(row))))
+
+    def _sampling(self, old: Sampling, kept: list[int]) -> Sampling:
+        """The settings of the running requests, of which the first were rows ``kept`` of ``old``. Their counts of
+        answer tokens stay the device's: the host may be a step behind."""
+        new = self.backend.sampling([SamplingHistory(r.params, r.prompt_ids, r.answer_ids) for r in self._running])
+        if new.penalties is None or old.penalties is None or not kept:
+            return new
+        parts = [old.penalties.answer[self.backend.array(kept)], new.penalties.answer[len(kept) :]]
+        return new._replace(penalties=new.penalties._replace(answer=self.backend.ops.concat(parts, 0)))
+
+    def _launch(self, alone: bool) -> bool:
+        """Start a step of the running requests, unless all of them surely end with the step in flight."""
+        flying = self._flights[-1].requests if self._flights else []
+        if all(r in flying and len(r.answer_ids) + 1 >= r.room for r in self._running):
+            return False
+        assert self._state is not None
+        backend, before = self.backend, self._state
+        config = self.policy.choose(len(self._running))
+        assert config in self.policy.shapes, config
+        if config.speculative:
+            before = before._replace(reading=of_width(backend, before.reading, config.draft_length + 1))
+        state, accepted, tree = backend.step(before, config)
+        if not config.speculative and self.speculative:
+            state = state._replace(reading=self._pending(before, state))
+        handle = backend.fetch(accepted, tree)
+        self._state = state
+        self._flights.append(_Flight(list(self._running), config, handle, time.perf_counter(), alone))
+        return True
+
+    def _pending(self, before: DecodeState, after: DecodeState) -> Any:
+        """The drafter did not look: what it has to read grows, up to a bound."""
+        reading = append(self.backend.ops, before.reading, after.reading)
+        if reading.tokens.shape[1] > MAX_PENDING:
+            self.backend.catch_up(reading)
+            return last_pair(self.backend.ops, reading)
+        return reading
+
+    def _land(self, flight: _Flight) -> None:
+        """Read a step's outcome and hand it out, request by request. Who ended meanwhile gets nothing of it."""
+        outcome, config = self.backend.read(flight.handle), flight.config
+        now = time.perf_counter()
+        seconds = now - max(flight.launched, self._landed) if flight.alone else None
+        self._landed = now
+        ended: list[Request] = []
+        accepted: list[int] = []
+        for row, request in enumerate(flight.requests):
+            if request.ended:
+                continue
+            accepted.append(outcome.accepted[row])
+            if config.speculative:
+                request.pairs = request.cached
+            request.cached += 1 + outcome.accepted[row]
+            request.statistics.seconds = now - request.added
+            request.statistics.count_step(config, outcome.accepted[row], outcome.nodes[row], outcome.unmerged[row])
+            self._emit(request, outcome, row)
+            if request.ended:
+                ended.append(request)
+        self.policy.observe(config, accepted, seconds)
         if ended:
             self._leave(ended)
 
-    def _emit(self, request: _Request, tokens: list[int], drafted: int) -> bool:
-        """Cut a step's tokens where the request ends; True if it ended."""
-        reason = None
-        room = min(request.params.max_new_tokens, self.context_limit - len(request.prompt_ids)) - len(
-            request.answer_ids
-        )
-        kept: list[int] = []
-        for token in tokens:
-            if token in request.stop_ids:
-                reason = "stop"
-                break
-            kept.append(token)
-            if len(kept) == room:
-                reason = "length"
-                break
-        stats = request.statistics
-        if not request.answer_ids:
-            stats.first_token_seconds, stats._first = stats.seconds, len(kept)
-        request.answer_ids.extend(kept)
-        stats.answer_tokens = len(request.answer_ids)
-        event = Event(request.request_id, tuple(kept), min(drafted, len(kept)), reason, None, stats)
-        self._events.append(event)
-        return reason is not None
+    def _emit(self, request: Request, outcome: Outcome, row: int) -> None:
+        if not outcome.finite[row]:
+            error = NonFiniteLogits(
+                f"request {request.request_id!r}: the model's logits after {len(request.answer_ids)} tokens are "
+                "not finite: its weights or this dtype do not work; try --dtype float32"
+            )
+            request.cached = request.pairs = 0  # nobody may reuse it
+            self._finish(request, "error", error)
+            return
+        drafted = outcome.accepted[row]
+        kept, reason = request.take(outcome.tokens[row][: drafted + 1])
+        request.ended = reason is not None
+        logprobs = request.logprobs(outcome, row, len(kept))
+        drafted = min(drafted, len(kept))
+        self._events.append(Event(request.request_id, tuple(kept), drafted, reason, None, request.statistics, logprobs))
 
-    def _finish(self, request: _Request, reason: str, error: RedrafterError | None = None) -> None:
+    def _leave(self, ended: list[Request]) -> None:
+        """Free the rows of these running requests; the last ones take their places."""
+        assert self._state is not None
+        order = list(range(len(self._running)))
+        for request in ended:
+            row, last = self._running.index(request), len(self._running) - 1
+            if row != last:
+                used = max(r.cached + self._in_flight(r) for r in (request, self._running[last]))
+                self._prefixes.exchange(row, last, min(used, self.backend.slots), keep=self.prefix_reuse)
+                self._running[row], order[row] = self._running[last], order[last]
+            self._running.pop()
+            order.pop()
+            if self.prefix_reuse:
+                self._prefixes.park(last, request)
+        if not self._running:
+            self._state = None
+            self._flights.clear()
+            return
+        state = take_rows(self._state, self.backend.array(order))
+        self._state = state._replace(sampling=self._sampling(state.sampling, order))
+
+    def _in_flight(self, request: Request) -> int:
+        """Tokens that steps the host has not read may have put into the request's row, at most."""
+        steps = [f.config for f in self._flights if request in f.requests]
+        return sum(c.draft_length + 1 if c.speculative else 1 for c in steps)
+
+    def _finish(self, request: Request, reason: str, error: RedrafterError | None = None) -> None:
+        request.ended = True
         request.statistics.seconds = time.perf_counter() - request.added
         self._events.append(Event(request.request_id, (), 0, reason, error, request.statistics))
 
 
-def first_state(backend: Backend, config: DecodeConfig, features_F: Array, root: int, length: int) -> DecodeState:
-    """One row whose ``length`` tokens lie in the cache and whose next token, the root, does not."""
-    one = backend.array([[0] * (config.draft_length + 1 if config.speculative else 1)])
-    return DecodeState(
-        reading=Reading(
-            features=features_F[None, None] + 0 * one[:, :, None],
-            tokens=one + root,
-            first=backend.array([length - 1]),
-            count=backend.array([1]),
-        ),
-        root=backend.array([root]),
-        lengths=backend.array([length]),
-        sampling=Sampling(),
+def _named(request: Request, error: Exception) -> RedrafterError:
+    if isinstance(error, RedrafterError):
+        return error
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    return RequestFailed(
+        f"request {request.request_id!r}: its prompt was not read: {type(error).__name__} {first_line}"
     )
-
-
-def _map2(function: Any, a: DecodeState, b: DecodeState) -> DecodeState:
-    """Apply to every array of two states that has a row axis; the sampling settings are rebuilt by the caller."""
-    reading = Reading(*(function(x, y) for x, y in zip(a.reading, b.reading, strict=True)))
-    return DecodeState(reading, function(a.root, b.root), function(a.lengths, b.lengths), Sampling())

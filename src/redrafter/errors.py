@@ -35,6 +35,14 @@ class OutOfMemory(RedrafterError):
     """The key/value cache or the weights do not fit."""
 
 
+class Overloaded(RedrafterError):
+    """More requests wait than the queue holds."""
+
+
+class RequestFailed(RedrafterError):
+    """Something unforeseen while one request's prompt was read; the others go on."""
+
+
 class NonFiniteLogits(RedrafterError):
     """The target produced NaN or infinite logits for a request."""
 

@@ -15,6 +15,7 @@ T = TypeVar("T")
 MAX_BEAMS = 256
 MAX_TREE = 512
 MAX_DRAFT_LENGTH = 32
+MAX_LOGPROBS = 20
 
 
 def _check(ok: bool, name: str, value: object, limit: str, fix: str) -> None:
@@ -42,7 +43,8 @@ class SamplingParams:
     temperature 0 is greedy. ``seed`` (64-bit) keys the noise together with the position and the token id, so the
     same seed gives the same text with or without speculation; ``answer_index`` (32-bit) tells apart several answers
     asked for with one seed. top_k 0, top_p 1 and min_p 0 are off.
-    repetition_penalty counts prompt and answer, presence and frequency penalties the answer only.
+    repetition_penalty counts prompt and answer, presence and frequency penalties the answer only. ``logprobs``: tell
+    the target's log-probability of every token, and of so many of the most likely ones; None turns it off.
     """
 
     temperature: float = 0.0
@@ -59,6 +61,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -82,6 +85,9 @@ class SamplingParams:
         _check(isinstance(i, int) and 0 <= i < 2**32, "answer_index", i, "in [0, 2**32)", "count answers from 0")
         m = self.max_new_tokens
         _check(isinstance(m, int) and m >= 1, "max_new_tokens", m, "1 or more", "ask for at least one token")
+        k = self.logprobs
+        ok = k is None or (isinstance(k, int) and not isinstance(k, bool) and 0 <= k <= MAX_LOGPROBS)
+        _check(ok, "logprobs", k, f"a whole number from 0 to {MAX_LOGPROBS}", "None turns it off")
         for text in self.stop:
             _check(isinstance(text, str) and text != "", "stop", text, "a non-empty string", "leave it out instead")
         for token, bias in self.logit_bias.items():

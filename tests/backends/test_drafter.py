@@ -144,7 +144,7 @@ def test_rows_may_be_read_one_by_one_and_moved():
         zero, count = torch.tensor([0]), torch.tensor([half])
         context = decoder.read(Reading(features[one, :half], tokens[one, 1 : half + 1], zero, count), row)
         torch.testing.assert_close(context, expected[one, :half], atol=1e-5, rtol=1e-5)
-    decoder.move_row(2, 0)
+    decoder.copy_prefix(2, 0, half)
     last = slice(2, 3)
     rest = Reading(features[last, half:], tokens[last, half + 1 :], torch.tensor([half]), torch.tensor([TEXT - half]))
     torch.testing.assert_close(decoder.read(rest, 0), expected[last, half:], atol=1e-5, rtol=1e-5)

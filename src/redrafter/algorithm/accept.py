@@ -23,6 +23,7 @@ class Accepted(NamedTuple):
     tokens: Array
     """[B, L+1] int64 what is emitted: ``length`` drafted tokens, then the bonus (which repeats to the end)"""
     finite: Array  # [B] bool: False where the logits that chose an emitted token were not finite
+    logits: Array | None = None  # [B, L+1, V] float32 the target's own along the path, where ``keep_logits``
 
 
 class Choice(NamedTuple):

@@ -34,6 +34,7 @@ class Sampling(NamedTuple):
     log_min_p: Array | None = None  # [B] float32, -inf where off
     bias: Array | None = None  # [B, V] float32
     penalties: Penalties | None = None
+    keep_logits: bool = False  # a row wants log-probabilities
 
 
 def warp(ops: Ops, logits_BNV: Array, tree: TokenTree, sampling: Sampling) -> Array:

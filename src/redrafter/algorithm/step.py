@@ -52,6 +52,9 @@ def step(
     logits, features = target.verify(tree, state.lengths)
     choice = choose(ops, logits, tree, state.sampling, None if noise is None else noise[0])
     accepted = accept(ops, tree, choice, depths)
+    if state.sampling.keep_logits:
+        rows = ops.arange(state.root.shape[0], like=state.root)[:, None]
+        accepted = accepted._replace(logits=logits[rows, accepted.path])
     target.commit(state.lengths, accepted)
     return advance(ops, state, features, accepted), accepted, tree
 

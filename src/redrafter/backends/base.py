@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,8 +15,9 @@ from redrafter.algorithm.noise import key_of
 from redrafter.algorithm.ops import Array
 from redrafter.algorithm.sampling import Penalties, Sampling
 from redrafter.algorithm.step import DecodeState, step
-from redrafter.algorithm.tree import TokenTree
-from redrafter.params import DecodeConfig
+from redrafter.algorithm.tree import TokenTree, unmerged_tokens
+from redrafter.backends.protocol import HeldRow, Outcome, SamplingHistory
+from redrafter.params import MAX_LOGPROBS, DecodeConfig
 
 PREFILL_CHUNK = 256
 """Prompt tokens per forward: enough rows to be compute-bound, little enough memory for the scores."""
@@ -24,17 +26,64 @@ PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_pena
 """Each penalty and the value that turns it off."""
 
 
+class Fetched(NamedTuple):
+    """A step's outcome on its way to the host."""
+
+    packed: Array
+    """[B, draft_length + 5] int64: tokens | accepted | finite | nodes | unmerged"""
+    logprobs: tuple[Array, Array, Array] | None
+    """of the tokens [B, L+1], and the most likely ones [B, L+1, MAX_LOGPROBS]: their ids and theirs"""
+    ready: Any = None
+    """what to wait for before reading; None: nothing"""
+
+
 class BaseBackend:
-    """The part of ``engine.Backend`` that is the same text on every framework."""
+    """The part of ``protocol.Backend`` that is the same text on every framework."""
 
     ops: Any
     target: Any
     drafter: Any
     run_ahead: bool = False
 
+    @cached_property
+    def held(self) -> dict[int, HeldRow]:
+        """What ended requests left in the rows: it belongs to the caches, whichever engine uses them."""
+        return {}
+
+    @property
+    def rows(self) -> int:
+        return self.target.cache.rows
+
+    @property
+    def slots(self) -> int:
+        return self.target.cache.slots
+
     def step(self, state: DecodeState, config: DecodeConfig) -> tuple[DecodeState, Accepted, TokenTree]:
         """One decoding step of every row of ``state``; a backend that replays it as a graph overrides this."""
         return step(self.ops, self.target, self.drafter, state, config)
+
+    def fetch(self, accepted: Accepted, tree: TokenTree) -> Fetched:
+        """One array for one transfer."""
+        ops = self.ops
+        columns = (accepted.length, ops.sum(accepted.finite[:, None]), ops.sum(tree.live), unmerged_tokens(ops, tree))
+        packed = ops.concat([accepted.tokens, *(column[:, None] for column in columns)], 1)
+        return Fetched(packed, None if accepted.logits is None else self._logprobs(accepted.logits, accepted.tokens))
+
+    def _logprobs(self, logits_BLV: Array, tokens_BL: Array) -> tuple[Array, Array, Array]:
+        """Before any setting of the request: what the model itself thinks."""
+        total = self.ops.logsumexp(logits_BLV)
+        best, ids = self.ops.top_k(logits_BLV, min(MAX_LOGPROBS, logits_BLV.shape[-1]))
+        own = self.ops.take_along(logits_BLV, tokens_BL[:, :, None], 2)
+        return (own - total)[:, :, 0], ids, best - total
+
+    def read(self, handle: Fetched) -> Outcome:
+        rows = self.host(handle.packed)
+        accepted, finite, nodes, unmerged = ([row[i] for row in rows] for i in (-4, -3, -2, -1))
+        logprobs = (None, None, None) if handle.logprobs is None else tuple(map(self.host, handle.logprobs))
+        return Outcome([row[:-4] for row in rows], accepted, [bool(x) for x in finite], nodes, unmerged, *logprobs)
+
+    def catch_up(self, reading: Reading) -> None:
+        self.drafter.read(reading, 0)
 
     def array(self, values: Any) -> Array:
         """int64 array of nested lists."""
@@ -44,29 +93,40 @@ class BaseBackend:
         """float32 array of nested lists or of a numpy array."""
         raise AssertionError("a backend makes its own arrays")
 
+    def host(self, array: Array) -> Any:
+        """Nested lists of an array."""
+        raise AssertionError("a backend reads its own arrays")
+
     def no_features(self) -> Array:
         """[F] zeros in the target's dtype: what precedes a text's first token."""
         raise AssertionError("a backend makes its own arrays")
 
     def prefill(self, row: int, token_ids: Sequence[int]) -> Array:
         """Read the tokens into an empty row of target and drafter; features [F] of the last, zeros if there is none."""
-        ids = self.array(list(token_ids))
-        last = self.no_features()
-        for start in range(0, len(token_ids), PREFILL_CHUNK):
-            end = min(start + PREFILL_CHUNK, len(token_ids))
-            features_TF = self.target.prefill(row, ids[start:end], start)
-            # The pair of the chunk's last token needs the token after it: it opens the next reading.
-            first = max(start - 1, 0)
-            if self.drafter is not None and end - 1 > first:
-                features = self.ops.concat([last[None], features_TF[:-1]], 0) if start else features_TF[:-1]
-                tokens = ids[first + 1 : end]
-                reading = Reading(features[None], tokens[None], self.array([first]), self.array([end - 1 - first]))
-                self.drafter.read(reading, row)
-            last = features_TF[-1]
-        return last
+        self.held.pop(row, None)
+        last, done = None, 0
+        while done < len(token_ids):
+            last, done = self.prefill_chunk(row, token_ids, done, last)
+        return self.no_features() if last is None else last
 
-    def sampling(self, requests: Sequence[Any]) -> Sampling:
-        """Arrays of the requests' SamplingParams (``engine.SamplingHistory``); None where no request uses a field."""
+    def prefill_chunk(self, row: int, token_ids: Sequence[int], start: int, before: Array | None) -> tuple[Array, int]:
+        end = min(start + PREFILL_CHUNK, len(token_ids))
+        ids = self.array(list(token_ids[start:end]))
+        features_TF = self.target.prefill(row, ids, start)
+        # The pair of the chunk's last token needs the token after it: it opens the next reading.
+        first = start if before is None else start - 1
+        if self.drafter is not None and end - 1 > first:
+            features = features_TF[:-1]
+            if before is None:
+                ids = ids[1:]
+            else:
+                features = self.ops.concat([before[None], features], 0)
+            reading = Reading(features[None], ids[None], self.array([first]), self.array([end - 1 - first]))
+            self.drafter.read(reading, row)
+        return features_TF[-1], end
+
+    def sampling(self, requests: Sequence[SamplingHistory]) -> Sampling:
+        """Arrays of the requests' settings; None where no request uses a field."""
         params = [r.params for r in requests]
         vocab = self.target.vocab_size
         inverse = self._column([1 / p.temperature if p.temperature > 0 else 0.0 for p in params], 0.0)
@@ -80,6 +140,7 @@ class BaseBackend:
             log_min_p=self._column([math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params], -math.inf),
             bias=self._bias(params),
             penalties=self._penalties(requests),
+            keep_logits=any(p.logprobs is not None for p in params),
         )
 
     def _column(self, values: list[float], off: float) -> Array | None:

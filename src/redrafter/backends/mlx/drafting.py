@@ -51,10 +51,15 @@ class MLXDrafter:
             # One step writes draft_length + 1 pairs, of which those past the accepted ones are written again.
             self._cache.reserve(rows, capacity + SLOT_STEP)
 
-    def move_row(self, source: int, to: int) -> None:
-        """Row ``to`` becomes what row ``source`` was."""
+    def copy_prefix(self, source: int, to: int, tokens: int) -> None:
+        """The first ``tokens`` pairs of row ``to`` become those of row ``source``."""
         if self._cache is not None:
-            self._cache.move_row(source, to)
+            self._cache.copy_prefix(source, to, tokens)
+
+    def swap_rows(self, a: int, b: int, tokens: int) -> None:
+        """Exchange the first ``tokens`` pairs of two rows."""
+        if self._cache is not None:
+            self._cache.swap_rows(a, b, tokens)
 
     def read(self, reading: Reading, row: int = 0) -> mx.array:
         """The context [B, T, D] of every pair, whose keys and values are kept in rows ``row`` onward."""

@@ -85,10 +85,16 @@ class KVCache:
         for cache in self.layers:
             cache[row_B1, :, to_BD] = cache[row_B1, :, source_BD]
 
-    def move_row(self, source: int, to: int) -> None:
-        """Row ``to`` becomes what row ``source`` was."""
+    def copy_prefix(self, source: int, to: int, tokens: int) -> None:
+        """The first ``tokens`` slots of row ``to`` become those of row ``source``."""
         for cache in self.layers:
-            cache[to] = cache[source]
+            cache[to, :, :tokens] = cache[source, :, :tokens]
+
+    def swap_rows(self, a: int, b: int, tokens: int) -> None:
+        """Exchange the first ``tokens`` slots of two rows."""
+        for cache in self.layers:
+            pair = mx.stack([cache[b, :, :tokens], cache[a, :, :tokens]])
+            cache[a, :, :tokens], cache[b, :, :tokens] = pair[0], pair[1]
 
 
 def free_bytes() -> int:

@@ -132,10 +132,15 @@ class MLXBackend(BaseBackend):
     def no_features(self) -> mx.array:
         return mx.zeros(self.target.feature_size, dtype=self.target.mlx_dtype)
 
-    def move_row(self, source: int, to: int) -> None:
-        self.target.cache.move_row(source, to)
+    def copy_prefix(self, source: int, to: int, tokens: int) -> None:
+        self.target.cache.copy_prefix(source, to, tokens)
         if self.drafter is not None:
-            self.drafter.move_row(source, to)
+            self.drafter.copy_prefix(source, to, tokens)
+
+    def swap_rows(self, a: int, b: int, tokens: int) -> None:
+        self.target.cache.swap_rows(a, b, tokens)
+        if self.drafter is not None:
+            self.drafter.swap_rows(a, b, tokens)
 
     def array(self, values: Any) -> mx.array:
         return mx.array(values, dtype=mx.int64)
@@ -162,10 +167,21 @@ def bind(target: MLXTarget, drafter: Drafter, token_ids: mx.array | None, vocabu
     if drafter.config.head == "own":
         rows = None if token_ids is None else mx.arange(token_ids.shape[0])
         head = head_of(drafter.head, rows)
+    elif drafter.config.foldable and "scales" not in target.head:
+        head = folded(target.head["weight"][token_ids], drafter)
     else:
         head = head_of(target.head, token_ids)
     mx.eval(drafter.parameters())
     return MLXDrafter(drafter, target.embed, head, token_ids)
+
+
+def folded(rows: mx.array, drafter: Drafter) -> Callable[[mx.array], mx.array]:
+    """The head's ``rows`` [V_d, D] times the drafter's matrix before them, which it then leaves out."""
+    product = rows.astype(mx.float32) @ drafter.exit.weight.astype(mx.float32)
+    transposed = product.astype(rows.dtype).T
+    drafter.exit = nn.Identity()
+    mx.eval(transposed)
+    return lambda x: x @ transposed
 
 
 def head_of(module: nn.Module, rows: mx.array | None) -> Callable[[mx.array], mx.array]:

@@ -55,10 +55,17 @@ class TorchDrafter:
             for before, after in zip(old, caches, strict=False):
                 after[: before.shape[0], :, : before.shape[2]] = before
 
-    def move_row(self, source: int, to: int) -> None:
-        """Row ``to`` becomes what row ``source`` was."""
+    def copy_prefix(self, source: int, to: int, tokens: int) -> None:
+        """The first ``tokens`` pairs of row ``to`` become those of row ``source``."""
         for cache in (*self._keys, *self._values):
-            cache[to] = cache[source]
+            cache[to, :, :tokens] = cache[source, :, :tokens]
+
+    def swap_rows(self, a: int, b: int, tokens: int) -> None:
+        """Exchange the first ``tokens`` pairs of two rows."""
+        for cache in (*self._keys, *self._values):
+            kept = cache[a, :, :tokens].clone()
+            cache[a, :, :tokens] = cache[b, :, :tokens]
+            cache[b, :, :tokens] = kept
 
     def read(self, reading: Reading, row: int = 0) -> Tensor:
         """The context [B, T, D] of every pair, whose keys and values are kept in rows ``row`` onward."""

@@ -89,10 +89,17 @@ class KVCache:
             moved = cache.gather(3, source_BD[None, :, None, :, None].expand(shape))
             cache.scatter_(3, to_BD[None, :, None, :, None].expand(shape), moved)
 
-    def move_row(self, source: int, to: int) -> None:
-        """Row ``to`` becomes what row ``source`` was."""
+    def copy_prefix(self, source: int, to: int, tokens: int) -> None:
+        """The first ``tokens`` slots of row ``to`` become those of row ``source``."""
         for cache in (self.keys, self.values):
-            cache[:, to] = cache[:, source]
+            cache[:, to, :, :tokens] = cache[:, source, :, :tokens]
+
+    def swap_rows(self, a: int, b: int, tokens: int) -> None:
+        """Exchange the first ``tokens`` slots of two rows."""
+        for cache in (self.keys, self.values):
+            kept = cache[:, a, :, :tokens].clone()
+            cache[:, a, :, :tokens] = cache[:, b, :, :tokens]
+            cache[:, b, :, :tokens] = kept
 
 
 def free_bytes(device: torch.device) -> int:

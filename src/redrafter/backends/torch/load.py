@@ -111,10 +111,15 @@ class TorchBackend(BaseBackend):
     def no_features(self) -> Tensor:
         return torch.zeros(self.target.feature_size, dtype=self.target.dtype, device=self.device)
 
-    def move_row(self, source: int, to: int) -> None:
-        self.target.cache.move_row(source, to)
+    def copy_prefix(self, source: int, to: int, tokens: int) -> None:
+        self.target.cache.copy_prefix(source, to, tokens)
         if self.drafter is not None:
-            self.drafter.move_row(source, to)
+            self.drafter.copy_prefix(source, to, tokens)
+
+    def swap_rows(self, a: int, b: int, tokens: int) -> None:
+        self.target.cache.swap_rows(a, b, tokens)
+        if self.drafter is not None:
+            self.drafter.swap_rows(a, b, tokens)
 
     def array(self, values: Any) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)

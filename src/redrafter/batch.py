@@ -1,0 +1,98 @@
+"""Rows of a decode state: one more, fewer, and readings of different widths beside and after one another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from redrafter.algorithm.beam import Reading
+from redrafter.algorithm.ops import Array
+from redrafter.algorithm.sampling import Sampling
+from redrafter.algorithm.step import DecodeState
+from redrafter.backends.protocol import Backend
+from redrafter.params import DecodeConfig
+
+MAX_PENDING = 64
+"""Pairs that wait for the drafter while plain steps are taken; it then reads them at once."""
+
+
+def first_state(backend: Backend, config: DecodeConfig, features_F: Array, root: int, length: int) -> DecodeState:
+    """One row whose ``length`` tokens lie in the cache and whose next token, the root, does not."""
+    one = backend.array([[0] * (config.draft_length + 1 if config.speculative else 1)])
+    return DecodeState(
+        reading=Reading(
+            features=features_F[None, None] + 0 * one[:, :, None],
+            tokens=one + root,
+            first=backend.array([length - 1]),
+            count=backend.array([1]),
+        ),
+        root=backend.array([root]),
+        lengths=backend.array([length]),
+        sampling=Sampling(),
+    )
+
+
+def join(ops: Any, a: DecodeState, b: DecodeState) -> DecodeState:
+    """The rows of ``a``, then those of ``b``; the sampling settings are rebuilt by the caller."""
+    width = max(a.reading.tokens.shape[1], b.reading.tokens.shape[1])
+    readings = zip(pad(ops, a.reading, width), pad(ops, b.reading, width), strict=True)
+    return DecodeState(
+        reading=Reading(*(ops.concat(pair, 0) for pair in readings)),
+        root=ops.concat([a.root, b.root], 0),
+        lengths=ops.concat([a.lengths, b.lengths], 0),
+        sampling=a.sampling,
+    )
+
+
+def take_rows(state: DecodeState, index: Array) -> DecodeState:
+    """These rows in this order; the sampling settings are rebuilt by the caller."""
+    reading = Reading(*(x[index] for x in state.reading))
+    return DecodeState(reading, state.root[index], state.lengths[index], state.sampling)
+
+
+def pad(ops: Any, reading: Reading, width: int) -> Reading:
+    """At least ``width`` pairs wide: the last one, which is a row's last or a copy of it, is repeated."""
+    more = width - reading.tokens.shape[1]
+    if more <= 0:
+        return reading
+    features, tokens = reading.features, reading.tokens
+    return reading._replace(
+        features=ops.concat([features, *[features[:, -1:]] * more], 1),
+        tokens=ops.concat([tokens, *[tokens[:, -1:]] * more], 1),
+    )
+
+
+def append(ops: Any, old: Reading, new: Reading) -> Reading:
+    """The pairs of ``old``, then those of ``new``: what a drafter that did not look at ``old`` has to read."""
+    before, width = old.tokens.shape[1], old.tokens.shape[1] + new.tokens.shape[1]
+    place_BT = ops.arange(width, like=new.tokens)[None, :] + 0 * new.tokens[:, :1]
+    late_BT = place_BT - old.count[:, None]
+    last_BT = (new.count - 1)[:, None] + 0 * place_BT
+    late_BT = ops.where(late_BT < last_BT, late_BT, last_BT) + before
+    index_BT = ops.where(place_BT < old.count[:, None], place_BT, late_BT)
+    row_B1 = ops.arange(new.tokens.shape[0], like=new.tokens)[:, None]
+    return Reading(
+        features=ops.concat([old.features, new.features], 1)[row_B1, index_BT],
+        tokens=ops.concat([old.tokens, new.tokens], 1)[row_B1, index_BT],
+        first=old.first,
+        count=old.count + new.count,
+    )
+
+
+def last_pair(ops: Any, reading: Reading) -> Reading:
+    """The root's pair alone: enough for a drafter that has read the others."""
+    row_B1 = ops.arange(reading.tokens.shape[0], like=reading.tokens)[:, None]
+    last_B1 = (reading.count - 1)[:, None]
+    return Reading(
+        features=reading.features[row_B1, last_B1],
+        tokens=reading.tokens[row_B1, last_B1],
+        first=reading.first + reading.count - 1,
+        count=reading.count * 0 + 1,
+    )
+
+
+def of_width(backend: Backend, reading: Reading, width: int) -> Reading:
+    """For a step whose drafter reads exactly ``width`` pairs: a wider reading is read beforehand."""
+    if reading.tokens.shape[1] > width:
+        backend.catch_up(reading)
+        reading = last_pair(backend.ops, reading)
+    return pad(backend.ops, reading, width)
