@@ -62,3 +62,9 @@ def accept(ops: Ops, tree: TokenTree, choice: Choice, depths: int) -> Accepted:
     bonus_B = next_BD[:, -1]
     finite_B = ops.sum(ops.take_along(choice.finite, path_BD, 1)) == depths
     return Accepted(path_BD, length_B, bonus_B, next_BD, finite_B)
+
+
+def choose_accept(
+    ops: Ops, logits_BNV: Array, tree: TokenTree, sampling: Sampling, noise_BPV: Array | None, depths: int
+) -> Accepted:
+    return accept(ops, tree, choose(ops, logits_BNV, tree, sampling, noise_BPV), depths)

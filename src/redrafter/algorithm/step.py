@@ -6,9 +6,10 @@ N tree nodes, F feature width, D hidden width, V vocabulary, S cache slots.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
-from redrafter.algorithm.accept import Accepted, accept, choose
+from redrafter.algorithm.accept import Accepted, choose_accept
 from redrafter.algorithm.beam import Drafter, Reading, draft, no_beams
 from redrafter.algorithm.noise import gumbel
 from redrafter.algorithm.ops import Array, Ops
@@ -38,20 +39,36 @@ class DecodeState(NamedTuple):
     sampling: Sampling
 
 
+class Stages(NamedTuple):
+    """The four parts of a step that a backend may do faster, with the same results; they take ``ops`` first."""
+
+    noise: Callable[..., Any]
+    draft: Callable[..., Any]
+    pack: Callable[..., TokenTree]
+    choose_accept: Callable[..., Accepted]
+
+
 def step(
-    ops: Ops, target: Target, drafter: Drafter | None, state: DecodeState, shape: DecodeConfig
+    ops: Ops,
+    target: Target,
+    drafter: Drafter | None,
+    state: DecodeState,
+    shape: DecodeConfig,
+    stages: Stages | None = None,
 ) -> tuple[DecodeState, Accepted, TokenTree]:
     """Emit 1 to L+1 tokens per row. A tree of one node, or no drafter, is plain decoding through the same text."""
+    stages = stages or Stages(step_noise, draft, pack, choose_accept)
     speculate = drafter is not None and shape.tree_size > 1
     depths = shape.draft_length + 1 if speculate else 1
-    noise = step_noise(ops, target, state, depths)
+    noise = stages.noise(ops, target, state, depths)
     beams = no_beams(ops, state.root)
     if drafter is not None and speculate:
-        beams = draft(ops, drafter, state.reading, state.root, shape, noise if shape.seed_coupled else None)
-    tree = pack(ops, beams, state.root, shape.tree_size)
+        coupled = noise if shape.seed_coupled else None
+        beams = stages.draft(ops, drafter, state.reading, state.root, shape, coupled)
+    tree = stages.pack(ops, beams, state.root, shape.tree_size)
     logits, features = target.verify(tree, state.lengths)
-    choice = choose(ops, logits, tree, state.sampling, None if noise is None else noise[0])
-    accepted = accept(ops, tree, choice, depths)
+    gumbel_BDV = None if noise is None else noise[0]
+    accepted = stages.choose_accept(ops, logits, tree, state.sampling, gumbel_BDV, depths)
     if state.sampling.keep_logits:
         rows = ops.arange(state.root.shape[0], like=state.root)[:, None]
         accepted = accepted._replace(logits=logits[rows, accepted.path])
