@@ -289,6 +289,8 @@ def test_defaults_fit_any_model_and_bytes_are_those_of_the_file(whole: Path) -> 
         model |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
         config = drafter_config(make_settings({"steps": 1}), model)
         assert config.draft_vocabulary == 16384 and len(config.feature_layers) <= 3
+        narrow = drafter_config(make_settings({"steps": 1, "width": "24"}), model)
+        assert (narrow.width, narrow.state_size, narrow.exit_dim, narrow.hidden_size) == (24, 24, 24, width)
     drafter = load_drafter(whole / "drafter")
     stored = sum(t.numel() * t.element_size() for t in drafter.state_dict().values())
     assert drafter_bytes(drafter.config).stored == stored

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from redrafter.bench.metrics import NEEDS_PLAIN
+from redrafter.bench.provenance import machine, now, source
 from redrafter.errors import InvalidRequest
 
 FIGURES = Path("benchmarks") / "figures.json"
@@ -28,6 +29,21 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def measured(
+    metrics: Mapping[str, tuple[Any, str]], device: Any, command: str, details: Mapping[str, Any], partial: bool = False
+) -> dict[str, Any]:
+    """A result of another command than ``bench``, in the same form: ``metrics`` are name -> (value, unit), ``details``
+    whatever else is worth keeping. ``redrafter bench --report FILE --figure KEY=METRIC`` takes figures from it."""
+    provenance = {"source": source(), "command": command, "date": now(), "machine": machine(device)}
+    return {
+        "partial": partial,
+        "summary": {name: value for name, (value, _) in metrics.items()},
+        "units": {name: unit for name, (_, unit) in metrics.items()},
+        "provenance": provenance,
+        **details,
+    }
 
 
 def read_result(path: Path) -> dict[str, Any]:

@@ -158,8 +158,12 @@ def _report(path: Path, output: Path | None, figure: Sequence[str]) -> None:
     if output is None and not figure:
         raise InvalidRequest(f"--report {path} asks for nothing: add -o PAGE.html, or --figure KEY=METRIC")
     if figure:
-        _record(result, parse_figures(figure, result["units"], result["settings"]["plain"]), path)
+        # Results of other commands (eval, data, the scripts of benchmarks/) compare with nothing.
+        plain = result.get("settings", {}).get("plain", True)
+        _record(result, parse_figures(figure, result["units"], plain), path)
     if output is not None:
+        if "prompts" not in result:
+            raise InvalidRequest(f"{path} is no result of bench: there is no page of it, only --figure KEY=METRIC")
         output.write_text(page(result), encoding="utf-8")
 
 

@@ -53,12 +53,16 @@ def data(
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same data.")] = 0,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Another setting, KEY=VALUE.")] = None,
     config: Annotated[Path | None, typer.Option(help="Settings from YAML or JSON.", show_default=False)] = None,
+    json_out: Annotated[Path | None, typer.Option(help="A result to take figures from.", show_default=False)] = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
     quiet: opt.Quiet = False,
 ) -> None:
+    from redrafter.bench.provenance import command_line
+    from redrafter.bench.results import measured
     from redrafter.models import DEFAULT_MODEL
     from redrafter.train.data import DataSettings, generate
+    from redrafter.train.files import write_json
     from redrafter.train.prompts import read_prompts
     from redrafter.train.target import OpenModel
 
@@ -78,6 +82,10 @@ def data(
     with interruptible():
         report = generate(opened, out, given, chosen, (tokens, seconds), tell)
     print(json.dumps({"out": str(out), **report}))
+    if json_out is not None:
+        metrics = {"kept_answer_tokens_per_second": (report["kept_answer_tokens_per_second"], "tokens/s")}
+        metrics["kept_answer_tokens"] = (report["counts"].get("kept_answer_tokens", 0), "tokens")
+        write_json(json_out, measured(metrics, opened.device, command_line(sys.argv[1:]), report))
 
 
 def _settings(kind: Any, values: dict[str, Any], own: bool | None) -> Any:

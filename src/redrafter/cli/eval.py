@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,10 +41,12 @@ def evaluate(
     seed_coupled: Annotated[
         bool, typer.Option("--seed-coupled/--no-seed-coupled", help="Beams see the noise that the model adds.")
     ] = True,
-    json_out: Annotated[Path | None, typer.Option(help="Write the tables as JSON, too.", show_default=False)] = None,
+    json_out: Annotated[Path | None, typer.Option(help="A result to take figures from.", show_default=False)] = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
 ) -> None:
+    from redrafter.bench.provenance import command_line
+    from redrafter.bench.results import measured
     from redrafter.errors import InvalidRequest
     from redrafter.models import DEFAULT_MODEL, resolve_drafter
     from redrafter.train import evaluate as measure
@@ -72,7 +75,8 @@ def evaluate(
     result = measure.evaluate(opened, folder, wanted, options)
     print("\n".join(_lines(result)))
     if json_out is not None:
-        write_json(json_out, result)
+        metrics = measure.metrics(result)
+        write_json(json_out, measured(metrics, opened.device, command_line(sys.argv[1:]), result))
 
 
 def _lines(result: dict[str, Any]) -> list[str]:
@@ -86,4 +90,6 @@ def _lines(result: dict[str, Any]) -> list[str]:
     accepted = "  ".join(f"{x:.3f}" for x in result["categories"]["all"]["acceptance_per_depth"])
     out.append(f"acceptance per depth: {accepted}")
     out.append(f"tree savings: {result['merged_share']:.1%} of the beams' tokens are shared prefixes")
+    size = result["bytes"]
+    out.append(f"drafter: {size['stored'] / 1e6:.2f} MB, {size['per_depth']:,} bytes read per drafted token")
     return out

@@ -61,7 +61,7 @@ def _evaluation(result: dict[str, Any], name: str) -> list[str]:
         }
         row["of them loop"] = table["texts"] - table["texts_without_loops"]
         rows.append(row | {f"N={sizes[-1]} without those": f"{table[sizes[-1]]['without_loops']:.2f}"})
-    source = result.get("provenance") or result
+    source = {**(result.get("provenance") or {}), **result}
     settings = ", ".join(f"{k} {source[k]}" for k in ("device", "dtype") if k in source)
     note = f" ({settings})" if settings else ""
     return [

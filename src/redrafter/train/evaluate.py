@@ -31,6 +31,7 @@ from redrafter.train.chat import encode, end_ids, render
 from redrafter.train.data import cache_slots
 from redrafter.train.prompts import Prompt
 from redrafter.train.samples import Samples
+from redrafter.train.settings import drafter_bytes
 from redrafter.train.target import OpenModel, TrainingTarget
 from redrafter.train.writing import Writer, WritingConfig, loops
 
@@ -206,15 +207,15 @@ def acceptance(lengths: list[np.ndarray], depths: int) -> list[float]:
 def table(texts: list[AnswerText], lengths: list[np.ndarray], sizes: tuple[int, ...]) -> dict[str, Any]:
     """Tokens per step by tree size: all texts, and those that do not loop; the mean over anchors beside it."""
     fine = [not loops(t.tokens[t.start :]) for t in texts]
-    out: dict[str, Any] = {"texts": len(texts), "texts_without_loops": sum(fine)}
+    emitted = np.array([len(x) for x in lengths])
+    out: dict[str, Any] = {"texts": len(texts), "texts_without_loops": sum(fine), "tokens": int(emitted.sum())}
     for size in sizes:
         column = min(size, lengths[0].shape[1]) - 1
         taken = np.array([steps(x[:, column]) for x in lengths])
-        emitted = np.array([len(x) for x in lengths])
         entry = {"tokens_per_step": emitted.sum() / max(1, taken.sum())}
         entry["without_loops"] = emitted[fine].sum() / max(1, taken[fine].sum())
         entry["mean_over_anchors"] = float(np.concatenate([x[:, column] for x in lengths]).mean()) + 1
-        out[str(size)] = {k: round(float(v), 4) for k, v in entry.items()}
+        out[str(size)] = {k: round(float(v), 4) for k, v in entry.items()} | {"steps": int(taken.sum())}
     return out
 
 
@@ -340,10 +341,31 @@ def evaluate(model: OpenModel, folder: Path, prompts: list[Prompt], options: Eva
             f"max_new={options.max_new} leaves no room in a context of {model.context_limit}: lower it"
         )
     texts = write_answers(target, tokenizer, prompts, options)
+    size = drafter_bytes(drafter.config)
     return {
         "model": model.files.name,
         "drafter": str(folder),
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "bytes": {"stored": size.stored, "per_step": size.per_step, "per_depth": size.per_depth},
         **by_category(Evaluation(target, drafter), texts, prompts, options),
     }
+
+
+def metrics(result: dict[str, Any], main: str = "mt_bench") -> dict[str, tuple[Any, str]]:
+    """Of ``evaluate``'s result, by name, with units: tokens per step of all texts, of every category and of ``other``
+    (all but ``main``) at the largest tree, and the drafter's bytes."""
+    size = str(max(TREE_SIZES))
+    found = result["categories"]
+    out: dict[str, tuple[Any, str]] = {"tokens_per_step": (found["all"][size]["tokens_per_step"], "tokens")}
+    for name, table_ in found.items():
+        if name != "all":
+            out[f"tokens_per_step.{name}"] = (table_[size]["tokens_per_step"], "tokens")
+    if "other" not in found and main in found and len(found) > 2:
+        emitted = sum(t["tokens"] for name, t in found.items() if name not in ("all", main))
+        taken = sum(t[size]["steps"] for name, t in found.items() if name not in ("all", main))
+        out["tokens_per_step.other"] = (round(emitted / max(1, taken), 4), "tokens")
+    out["merged_share"] = (result["merged_share"], "share")
+    out["drafter_megabytes"] = (round(result["bytes"]["stored"] / 1e6, 3), "MB")
+    out["draft_bytes_per_depth"] = (result["bytes"]["per_depth"], "bytes")
+    return out

@@ -19,7 +19,8 @@ FEATURES = ("fused", "last")
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """Drafter: features fused (the last hidden state with those of feature_layers, and a trunk over the text) or last;
-    feature_layers (): a low, a middle and a high one; 0 in exit_dim, state_size, trunk_heads: the model's own;
+    feature_layers (): a low, a middle and a high one; 0 in width: the model's own,
+    in exit_dim and state_size: the width, in trunk_heads: heads as wide as the model's;
     draft_vocabulary: the most frequent tokens of the data's answers, 0 or the model's size: all.
 
     Schedule: exactly one of steps, epochs and minutes; the learning rate follows the step, or with minutes the clock.
@@ -32,6 +33,7 @@ class TrainSettings:
     head: str = "tied"
     features: str = "fused"
     feature_layers: tuple[int, ...] = ()
+    width: int = 0
     state_size: int = 0
     context_state: bool = True
     exit_dim: int = 0
@@ -126,17 +128,20 @@ def default_layers(layers: int) -> tuple[int, ...]:
 
 def drafter_config(settings: TrainSettings, model: Mapping[str, Any]) -> DrafterConfig:
     """``model``: the target's config.json."""
-    width, layers, vocabulary = (int(model[k]) for k in ("hidden_size", "num_hidden_layers", "vocab_size"))
+    hidden, layers, vocabulary = (int(model[k]) for k in ("hidden_size", "num_hidden_layers", "vocab_size"))
     fused = settings.features == "fused"
-    heads = settings.trunk_heads or int(model.get("num_attention_heads", 1))
-    kv_heads = int(model.get("num_key_value_heads") or heads)
+    width = settings.width or hidden
+    own = int(model.get("num_attention_heads", 1))
+    heads = settings.trunk_heads or max(1, width * own // hidden)
     if not settings.trunk_heads and width % (2 * heads):
         heads = 1 if width % 2 == 0 else 0
+    kv_heads = int(model.get("num_key_value_heads") or own) if width == hidden else heads
     if not heads or heads % kv_heads:
         kv_heads = heads
     return DrafterConfig(
         vocab_size=vocabulary,
-        hidden_size=width,
+        hidden_size=hidden,
+        width=width,
         num_target_layers=layers,
         feature_layers=(settings.feature_layers or default_layers(layers)) if fused else (),
         cell=settings.cell,
@@ -157,11 +162,14 @@ def drafter_config(settings: TrainSettings, model: Mapping[str, Any]) -> Drafter
 
 class DrafterBytes(NamedTuple):
     """In bfloat16. ``stored``: the file; ``per_step``: weights read once per step (fusion and trunk); ``per_depth``:
-    weights read for every drafted token, the draft vocabulary's rows of a tied head included."""
+    weights read for every drafted token, as ``bind`` folds them, the draft vocabulary's rows of a tied head included;
+    ``table``: what a table of the cell's input for every token takes, and ``per_depth_with_table``."""
 
     stored: int
     per_step: int
     per_depth: int
+    table: int
+    per_depth_with_table: int
 
 
 def drafter_bytes(config: DrafterConfig) -> DrafterBytes:
@@ -177,6 +185,12 @@ def drafter_bytes(config: DrafterConfig) -> DrafterBytes:
         # A depth reads its own block only.
         blocks = sum(size for name, size in weights.items() if name.startswith("depth_blocks"))
         every -= blocks - blocks // config.draft_length
-    if config.head == "tied":
+    if config.foldable:
+        every += config.vocabulary * config.exit_dim * 2 - weights["exit.weight"]
+    elif config.head == "tied":
         every += config.vocabulary * config.hidden_size * 2
-    return DrafterBytes(sum(weights.values()) + 8 * config.draft_vocabulary, once, every)
+    read = sum(weights.get(name, 0) for name in ("embed_proj.weight", "gru_w.weight", "rnn_w.weight"))
+    columns = {"gru": 3 * config.state_size, "rnn": config.state_size}.get(config.cell, 0)
+    table = config.vocab_size * columns * 2
+    stored = sum(weights.values()) + 8 * config.draft_vocabulary
+    return DrafterBytes(stored, once, every, table, every - read if table else every)
