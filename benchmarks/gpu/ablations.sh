@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # What the claims about training rest on: data, the table of variants, scaling over two GPUs. No installation:
-#   REDRAFTER_COMMIT=SHA benchmarks/gpu/ablations.sh MODEL_FOLDER WORK_FOLDER PROMPTS_JSONL QUESTIONS_JSONL RESULTS STAGE...
+#   REDRAFTER_COMMIT=SHA benchmarks/gpu/ablations.sh MODEL WORK PROMPTS_JSONL QUESTIONS_JSONL RESULTS STAGE...
 # Stages: smoke (two minutes: every stage once, tiny), data, ablations (8.5 minutes a call; again to go on), scaling
-# (needs two GPUs). Results are JSON in the folder RESULTS. SECONDS_OF_DATA, MINUTES, STEPS and PER_GPU change the sizes.
+# (needs two GPUs). WORK keeps what a later call goes on from; results are JSON in the folder RESULTS.
+# SECONDS_OF_DATA, MINUTES, STEPS and PER_GPU change the sizes.
 set -euo pipefail
 model=$1 work=$2 prompts=$3 questions=$4 results=$5
 shift 5

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from redrafter.bench.results import figures_of, parse_figures, read_result
 from redrafter.cli import main
 from redrafter.train.evaluate import TREE_SIZES
 
+ROOT = Path(__file__).resolve().parents[2]
 SHARED = {"draft_length": 3, "batch_tokens": 700, "chunk": 128, "draft_vocabulary": 40, "warmup_steps": 4, "lr": 5e-3}
 SHARED |= {"eval_texts": 6}
 
@@ -89,3 +92,39 @@ def test_a_rate_is_that_of_the_later_steps(tmp_path: Path) -> None:
     assert scaling.rate(tmp_path / "log.jsonl", 20) == pytest.approx(200 / 3)
     with pytest.raises(SystemExit, match="raise --steps"):
         scaling.rate(tmp_path / "log.jsonl", 40)
+
+
+def drawing() -> Any:
+    spec = importlib.util.spec_from_file_location("drawing", ROOT / "docs" / "ablations.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_picture_is_not_stale() -> None:
+    assert drawing().main(["--check"]) == 0, "run python docs/ablations.py"
+
+
+def test_the_picture_shows_every_variant_and_follows_the_figure(tmp_path: Path) -> None:
+    row = {"seconds": 61.2, "bytes_per_depth": 21.5e6}
+    rows = [row | {"variant": "<medusa>", "questions": 2.5, "questions_each": [2.5], "seeds": [0]}]
+    rows += [row | {"variant": "shipped", "questions": 3.25, "questions_each": [3.0, 3.5], "seeds": [0, 1]}]
+    settings = {"group": "mt_bench", "tree_size": 64, "steps": 9}
+    result = {"variants": rows, "settings": settings, "provenance": {"machine": {"device": "a GPU"}}}
+    for folder in ("docs", "benchmarks"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "benchmarks" / "figures.json").write_text(json.dumps({"gain_distillation": {"result": "r.json"}}))
+    (tmp_path / "r.json").write_text(json.dumps(result))
+    draw = drawing()
+    assert draw.main(["--check"], tmp_path) == 1
+    assert draw.main([], tmp_path) == 0 and draw.main(["--check"], tmp_path) == 0
+    text = (tmp_path / "docs" / "ablations.svg").read_text()
+    svg = "{http://www.w3.org/2000/svg}"
+    picture = ElementTree.fromstring(text)
+    words = [x.text for x in picture.iter(f"{svg}text")]
+    assert words.index("shipped") < words.index("<medusa>") and "3.25" in words and "61 s, 21.5 MB" in words
+    assert len(list(picture.iter(f"{svg}circle"))) == 2
+    (tmp_path / "benchmarks" / "figures.json").write_text("{}")
+    assert draw.main(["--check"], tmp_path) == 1, "a picture of no figure"
+    assert draw.main([], tmp_path) == 0 and not (tmp_path / "docs" / "ablations.svg").exists()
