@@ -1,6 +1,6 @@
 """Draw docs/ablations.svg from the result of benchmarks/gpu/ablations.py that the figures name; --check: is it stale?
 
-The result is that of the figure ``gain_distillation`` in benchmarks/figures.json. Without the figure there is no picture.
+The result is that of the figure ``gain_distillation`` in benchmarks/figures.json; without the figure, no picture.
 """
 
 from __future__ import annotations
