@@ -19,6 +19,10 @@ class ModelNotFound(RedrafterError):
     """No model or drafter under that name."""
 
 
+class ServerFailed(RedrafterError):
+    """A server that does not answer, refuses, or breaks off."""
+
+
 class CorruptModel(RedrafterError):
     """Files that are missing, truncated, changed, or not what their manifest or configuration says."""
 

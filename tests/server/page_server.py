@@ -36,11 +36,14 @@ class Play:
     steps: list[Step] = field(default_factory=lambda: list(STEPS))
     plain_text: str | None = None
     status: int = 200
+    words: str = "these words"
     headers: dict[str, str] = field(default_factory=dict)
     key: str | None = None
     delay: float = 0.0
     plain_delay: float = 0.0
     break_off: bool = False
+    last: Any = None
+    """an event after the steps, whatever it is"""
     details: bool = True
     drafter: str | None = "tiny-drafter"
     asked: list[dict[str, Any]] = field(default_factory=list)
@@ -64,6 +67,8 @@ class Play:
                 step = {"accepted": len(spans) - 1, "nodes": nodes, "seconds": 0.01}
                 event["redrafter"] = {"spans": [list(span) for span in spans], "step": step, "tree": tree}
             yield event
+        if self.last is not None:
+            yield self.last
         if self.break_off:
             return
         yield {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
@@ -99,6 +104,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path == "/v1/redrafter/info":
             info = {"model": "tiny", "drafter": self.server_play.drafter, "config": {}, "version": "9.9"}
             self._refused() or self._json(200, info)
+        elif self.path == "/v1/models":
+            self._refused() or self._json(200, {"data": [{"id": "tiny"}]})
         else:
             self._json(404, {"error": {"message": f"no {self.path} here"}})
 
@@ -109,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         play.asked.append(body)
         if play.status != 200:
-            self._json(play.status, {"error": {"message": f"status {play.status} it is"}}, play.headers)
+            self._json(play.status, {"error": {"message": play.words}}, play.headers)
             return
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")

@@ -5,13 +5,12 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 from redrafter.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from redrafter.engine import RequestStatistics
-    from redrafter.text import Piece
 
 # Blue against vermilion is told apart with every common colour blindness; bold says the same without colour.
 DRAFTED = "#2f8fd8"
@@ -20,6 +19,16 @@ OWN = "bold #d55e00"
 # On a terminal a model's text must not be able to move the cursor or set the clipboard: controls become pictures.
 _CONTROLS = {c: 0x2400 + c for c in range(0x20) if chr(c) not in "\n\t"}
 _CONTROLS |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+
+class Span(Protocol):
+    """A stretch of an answer and whether the drafter proposed it: a ``text.Piece``, or a ``client.Span``."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def drafted(self) -> bool: ...
 
 
 def wants_color(choice: str, out: TextIO) -> bool:
@@ -31,18 +40,18 @@ def wants_color(choice: str, out: TextIO) -> bool:
     return choice == "always"
 
 
-def writer(out: TextIO, color: bool) -> Callable[[Iterable[Piece]], None]:
+def writer(out: TextIO, color: bool) -> Callable[[Iterable[Span]], None]:
     """A function that writes pieces of an answer at once; without colour and terminal, exactly as they are."""
     terminal = out.isatty()
     if isinstance(out, io.TextIOWrapper):
         out.reconfigure(errors="replace")  # an answer must not end because the terminal cannot show a character
     paint = _painter(out) if color else None
 
-    def shown(piece: Piece) -> str:
+    def shown(piece: Span) -> str:
         text = piece.text.translate(_CONTROLS) if terminal or paint else piece.text
         return paint(text, piece.drafted) if paint else text
 
-    def write(pieces: Iterable[Piece]) -> None:
+    def write(pieces: Iterable[Span]) -> None:
         out.write("".join(map(shown, pieces)))
         out.flush()
 

@@ -19,7 +19,7 @@ class Page(NamedTuple):
 
 
 def page() -> Page:
-    """The page as served. The browser obeys: this script and style, by their hashes, and requests to this server only."""
+    """The page as served. The browser runs this script and style, known by their hashes, and asks this server only."""
     style, script = _read("page.css"), "".join(_read(name) for name in SCRIPTS)
     html = _read("page.html").replace(STYLE, f"<style>{style}</style>")
     for name in SCRIPTS:
