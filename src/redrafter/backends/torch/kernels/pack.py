@@ -1,0 +1,133 @@
+"""The pool becomes a token tree in one kernel, one program per row. The eager twin is ``algorithm/tree.pack``.
+
+B rows, P pool slots, N nodes. A node's ancestors are two 64-bit words, which the tree attention reads as they are.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from redrafter.algorithm.beam import DraftBeams
+from redrafter.algorithm.tree import DEAD, TokenTree
+from redrafter.backends.torch.kernels.topk import NO_KEY, order_key
+
+MAX_NODES = 128  # bits in a node's ancestor words
+MAX_POOL = 4096  # slots that one program ranks
+_LIVE = tl.constexpr(DEAD / 2)
+
+
+class PackedTree(NamedTuple):
+    tree: TokenTree
+    ancestors: Tensor  # [B, N, 2] int64: bit j % 64 of word j // 64 says that node j is the node or its ancestor
+
+
+@triton.jit
+def _pack(
+    pool_token,
+    pool_parent,
+    pool_depth,
+    pool_score,
+    root,
+    rank_of,
+    tokens,
+    parent,
+    depth,
+    mask,
+    live,
+    ancestors,
+    DRAFT_LENGTH: tl.constexpr,
+    POOL: tl.constexpr,
+    NODES: tl.constexpr,
+    POOL_P: tl.constexpr,
+    NODES_P: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.arange(0, POOL_P)
+    exists = slot < POOL
+    at = row * POOL + slot
+    score = tl.load(pool_score + at, mask=exists, other=0.0)
+    key = tl.where(exists, order_key(score, slot), NO_KEY)
+
+    # A slot's rank is the number of better ones: the stable order of the algorithm, without a sort.
+    rank = tl.zeros([POOL_P], tl.int32)
+    for start in range(0, POOL, TILE):
+        rival = start + tl.arange(0, TILE)
+        rival_score = tl.load(pool_score + row * POOL + rival, mask=rival < POOL, other=0.0)
+        rival_key = tl.where(rival < POOL, order_key(rival_score, rival), NO_KEY)
+        rank += tl.sum((rival_key[:, None] > key[None, :]).to(tl.int32), axis=0)
+    tl.store(rank_of + at, rank, mask=exists)
+    tl.debug_barrier()
+
+    slot_above = tl.load(pool_parent + at, mask=exists, other=-1)
+    rank_above = tl.load(rank_of + row * POOL + slot_above, mask=exists & (slot_above >= 0), other=-1)
+    kept = exists & (rank < NODES - 1)
+    to = row * NODES + rank + 1
+    tl.store(tokens + to, tl.load(pool_token + at, mask=exists, other=0), mask=kept)
+    tl.store(depth + to, tl.load(pool_depth + at, mask=exists, other=0), mask=kept)
+    tl.store(parent + to, (rank_above + 1).to(tl.int64), mask=kept)
+    tl.store(live + to, (score > _LIVE).to(tl.int8), mask=kept)
+    tl.store(tokens + row * NODES, tl.load(root + row))
+    tl.store(depth + row * NODES, row * 0)
+    tl.store(parent + row * NODES, row * 0)
+    tl.store(live + row * NODES, (row * 0 + 1).to(tl.int8))
+    tl.debug_barrier()
+
+    node = tl.arange(0, NODES_P).to(tl.int64)
+    is_node = node < NODES
+    one = tl.full([NODES_P], 1, tl.int64)
+    low = tl.where(node < 64, one << (node & 63), 0)
+    high = tl.where(node < 64, 0, one << (node & 63))
+    above = node
+    for _ in range(DRAFT_LENGTH):
+        above = tl.load(parent + row * NODES + above, mask=is_node, other=0)
+        low |= tl.where(above < 64, one << (above & 63), 0)
+        high |= tl.where(above < 64, 0, one << (above & 63))
+    words = ancestors + (row * NODES + node) * 2
+    tl.store(words, low, mask=is_node)
+    tl.store(words + 1, high, mask=is_node)
+
+    other = tl.arange(0, NODES_P).to(tl.int64)[None, :]
+    word = tl.where(other < 64, low[:, None], high[:, None])
+    seen = ((word >> (other & 63)) & 1).to(tl.int8)
+    inside = is_node[:, None] & (other < NODES)
+    tl.store(mask + (row * NODES + node[:, None]) * NODES + other, seen, mask=inside)
+
+
+def pack(beams: DraftBeams, root_B: Tensor, tree_size: int) -> PackedTree:
+    """``algorithm.tree.pack`` and the ancestors as bits; a pool of 1 to MAX_POOL slots, 2 to MAX_NODES nodes."""
+    rows, pool = beams.score.shape
+    nodes = min(tree_size, pool + 1)
+    assert 1 <= pool <= MAX_POOL and 2 <= nodes <= MAX_NODES
+    assert all(x.is_contiguous() for x in (beams.tokens, beams.parent, beams.depth, beams.score, root_B))
+    device = root_B.device
+    tokens, parent, depth = (torch.empty(rows, nodes, dtype=torch.int64, device=device) for _ in range(3))
+    mask = torch.empty(rows, nodes, nodes, dtype=torch.bool, device=device)
+    live = torch.empty(rows, nodes, dtype=torch.bool, device=device)
+    ancestors = torch.empty(rows, nodes, 2, dtype=torch.int64, device=device)
+    padded = max(triton.next_power_of_2(pool), 16)
+    _pack[(rows,)](
+        beams.tokens,
+        beams.parent,
+        beams.depth,
+        beams.score,
+        root_B,
+        torch.empty(rows, pool, dtype=torch.int32, device=device),
+        tokens,
+        parent,
+        depth,
+        mask.view(torch.int8),
+        live.view(torch.int8),
+        ancestors,
+        DRAFT_LENGTH=beams.draft_length,
+        POOL=pool,
+        NODES=nodes,
+        POOL_P=padded,
+        NODES_P=triton.next_power_of_2(nodes),
+        TILE=min(max(16384 // padded, 4), 32),
+        num_warps=8 if padded <= 512 else 16,
+    )
+    return PackedTree(TokenTree(tokens, parent, depth, mask, live), ancestors)

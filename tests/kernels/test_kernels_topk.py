@@ -1,0 +1,81 @@
+"""The tile kernel: merged, its tiles are log-softmax and top-k of the whole row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.twins import OPS, random
+
+pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be tested")
+from redrafter.backends.torch.kernels.topk import Coupling, TileTops, tile_size, tile_tops
+
+
+def merge(tops: TileTops, rows: int, beams: int, children: int) -> tuple[Tensor, Tensor]:
+    """log-softmax and index [B, W, K] of the children largest keys."""
+    best = tops.keys.flatten(1).sort(dim=1, descending=True).values[:, :children]
+    ordered = (best >> 32).to(torch.int32)
+    value = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).view(torch.float32)
+    log_prob = value - torch.logsumexp(tops.log_sum_exp, 1, keepdim=True)
+    shape = (rows, beams, children)
+    return log_prob.reshape(shape), (0x7FFFFFFF - (best & 0x7FFFFFFF)).reshape(shape)
+
+
+def check(logits: Tensor, children: int, exact: Tensor | None = None) -> None:
+    exact = logits.float() if exact is None else exact
+    value, index = OPS.top_k(exact, children)
+    got, got_index = merge(tile_tops(logits, children), *logits.shape[:2], children)
+    assert torch.equal(got_index, index)
+    torch.testing.assert_close(got, value - OPS.logsumexp(exact), rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("vocabulary", [3, 1024, 1025, 5000])
+@pytest.mark.parametrize("children", [1, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_random_rows(vocabulary: int, children: int, dtype: torch.dtype, device: torch.device) -> None:
+    check(random(2, 3, vocabulary, seed=vocabulary, scale=3).to(device, dtype), min(children, vocabulary))
+
+
+def test_ties_go_to_the_lowest_index_across_tiles(device: torch.device) -> None:
+    logits = torch.zeros(1, 2, 3000, device=device)
+    logits[0, 1] = random(3000, seed=1).round().to(device)
+    logits[0, 0, 5] = -0.0  # equal to zero
+    check(logits, 8)
+
+
+def test_infinities_and_nan(device: torch.device) -> None:
+    logits = random(1, 6, 2100, seed=4).to(device)
+    logits[0, 0, 2000] = torch.nan
+    logits[0, 1, 7] = torch.inf
+    logits[0, 2, 5:] = -torch.inf
+    logits[0, 3] = -torch.inf
+    logits[0, 4] = torch.nan
+    logits[0, 5, 3:1500] = -torch.nan
+    exact = torch.where(logits.isnan(), torch.nan, logits)
+    # torch's sort and the kernel agree that NaN is the largest; what it leaves open is only the order among NaN.
+    check(logits, 6, exact)
+
+
+def test_rows_need_not_be_dense(device: torch.device) -> None:
+    wide = random(2, 2, 1400, seed=6).to(device)
+    check(wide.flatten(0, 1)[:, :1300].unflatten(0, (2, 2)), 5)
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+def test_coupling_is_the_algorithms(reduced: bool, device: torch.device) -> None:
+    logits, noise = random(3, 2, 1500, seed=7).to(device), random(3, 4, 2000, seed=8).to(device)[:, 2]
+    inverse = torch.tensor([0.0, 1.3, 0.7], device=device)
+    ids = torch.randperm(2000, generator=torch.Generator().manual_seed(1))[:1500].to(device) if reduced else None
+    seen = noise[:, :1500] if ids is None else noise[:, ids]
+    factor = inverse[:, None, None]
+    coupled = torch.where(factor > 0, logits * factor + seen[:, None, :], logits)
+    tops = tile_tops(logits, 4, ids, Coupling(noise, inverse))
+    expected = tile_tops(coupled, 4)
+    assert torch.equal(tops.keys, expected.keys)
+    assert torch.equal(tops.log_sum_exp, expected.log_sum_exp)
+
+
+def test_tiles_stay_few() -> None:
+    for vocabulary in (1, 1000, 32_000, 49_152, 128_256, 151_936):
+        assert -(-vocabulary // tile_size(vocabulary)) <= 38
