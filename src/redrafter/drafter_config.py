@@ -17,7 +17,9 @@ class DrafterConfig:
 
     feature_layers: target layers whose output joins the last hidden state (0 is the first layer's output);
     cell: rnn | sum (Apple's rnn=False: s + e) | gru | medusa (no recurrence: one residual block per depth);
-    context_state: s_0 is the context instead of 0;
+    width: of context, trunk and what the cell reads of a token, 0 for the target's hidden_size; a target of several
+    billion needs a drafter no wider than 512 to 1024. Another width means a learned context and a projected embedding;
+    context_state: s_0 is the context instead of 0; state_size: 0 for the width;
     exit_dim: width of the residual blocks, 0 for context + state; trunk_layers: layers of the context trunk, run once
     per step, with trunk_heads attention heads (0: none, SwiGLU only) over the last trunk_window tokens;
     draft_vocabulary: number of tokens it can propose, 0 for all of the target's; draft_length: depths trained for.
@@ -27,6 +29,7 @@ class DrafterConfig:
     hidden_size: int
     num_target_layers: int
     feature_layers: tuple[int, ...] = ()
+    width: int = 0
     cell: str = "rnn"
     head: str = "own"
     state_size: int = 0
@@ -43,13 +46,14 @@ class DrafterConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "feature_layers", tuple(self.feature_layers))
-        object.__setattr__(self, "state_size", self.state_size or self.hidden_size)
-        object.__setattr__(self, "exit_dim", self.exit_dim or self.hidden_size + self.state_size)
+        object.__setattr__(self, "width", self.width or self.hidden_size)
+        object.__setattr__(self, "state_size", self.state_size or self.width)
+        object.__setattr__(self, "exit_dim", self.exit_dim or self.width + self.state_size)
         object.__setattr__(self, "trunk_kv_heads", self.trunk_kv_heads or self.trunk_heads)
-        if self.trunk_heads and (self.hidden_size % (2 * self.trunk_heads) or self.trunk_heads % self.trunk_kv_heads):
+        if self.trunk_heads and (self.width % (2 * self.trunk_heads) or self.trunk_heads % self.trunk_kv_heads):
             raise CorruptModel(
                 f"drafter config: trunk_heads={self.trunk_heads}, trunk_kv_heads={self.trunk_kv_heads} do not divide "
-                f"hidden_size={self.hidden_size} into even heads"
+                f"width={self.width} into even heads"
             )
         for name, value, allowed in (("cell", self.cell, CELLS), ("head", self.head, HEADS)):
             if value not in allowed:
@@ -57,10 +61,10 @@ class DrafterConfig:
                     f"drafter config: {name}={value!r} is unknown; it must be one of {', '.join(allowed)}"
                 )
         same_width = self.cell in ("sum", "medusa") or self.context_state
-        if same_width and self.state_size != self.hidden_size:
+        if same_width and self.state_size != self.width:
             raise CorruptModel(
                 f"drafter config: cell={self.cell!r} with context_state={self.context_state} needs "
-                f"state_size={self.hidden_size}, not {self.state_size}"
+                f"state_size={self.width}, the drafter's width, not {self.state_size}"
             )
         if self.draft_vocabulary > self.vocab_size:
             raise CorruptModel(
@@ -74,7 +78,17 @@ class DrafterConfig:
     @property
     def fused(self) -> bool:
         """Whether a learned context replaces the bare last hidden state."""
-        return bool(self.feature_layers) or self.trunk_layers > 0
+        return bool(self.feature_layers) or self.trunk_layers > 0 or self.projected
+
+    @property
+    def projected(self) -> bool:
+        """Whether embeddings are projected, because the drafter is not as wide as they are."""
+        return self.width != self.hidden_size
+
+    @property
+    def foldable(self) -> bool:
+        """Whether a tied head's rows, a copy anyway, times the matrix before them are fewer bytes than the two."""
+        return self.head == "tied" and self.draft_vocabulary > 0 and self.exit_dim <= self.hidden_size
 
     @property
     def feature_size(self) -> int:

@@ -22,6 +22,7 @@ VARIANTS = [
     {"cell": "sum", "exit_dim": 12, "num_blocks": 1},
     {"cell": "medusa", "head": "tied", "draft_length": 3},
     {"cell": "gru", "feature_layers": (0, 3), "trunk_layers": 1, "trunk_heads": 2, "draft_vocabulary": 7},
+    {"cell": "gru", "head": "tied", "width": 4, "feature_layers": (1,), "context_state": True},
 ]
 APPLE = [{}, {"num_blocks": 0}, {"exit_dim": 12, "num_blocks": 1}, {"cell": "sum"}]
 

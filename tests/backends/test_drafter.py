@@ -34,6 +34,9 @@ VARIANTS = [
     {"cell": "rnn", "exit_dim": 40, "num_blocks": 3},
     {"cell": "gru", "draft_vocabulary": 11, "trunk_layers": 1, "trunk_heads": 2},
     {"cell": "gru", "head": "tied", "draft_vocabulary": 11},
+    {"cell": "gru", "head": "tied", "width": 8, "context_state": True, "trunk_layers": 1, "trunk_heads": 2},
+    {"cell": "gru", "width": 24, "feature_layers": (1,), "draft_vocabulary": 11, "exit_dim": 20},
+    *({"cell": cell, "width": 8} for cell in CELLS),
 ]
 
 
@@ -211,6 +214,8 @@ def test_every_weight_is_used(variant):
         ({"cell": "medusa", "state_size": 8}, "state_size=16"),
         ({"context_state": True, "state_size": 8}, "state_size=16"),
         ({"trunk_layers": 1, "trunk_heads": 3}, "trunk_heads=3"),
+        ({"width": 12, "trunk_layers": 1, "trunk_heads": 4}, "width=12"),
+        ({"width": 8, "context_state": True, "state_size": 16}, "state_size=8, the drafter's width"),
         ({"trunk_layers": 1, "trunk_heads": 4, "trunk_kv_heads": 3}, "trunk_kv_heads=3"),
         ({"draft_vocabulary": V + 1}, f"draft_vocabulary={V + 1}"),
         ({"feature_layers": (4,)}, "feature_layers"),

@@ -148,6 +148,7 @@ def draft_logits(model: Any, drafter: Drafter) -> list[Tensor]:
     return logits
 
 
+NARROW = {"width": 24, "trunk_kv_heads": 3, "exit_dim": 20}
 APPLE = {"feature_layers": (), "trunk_layers": 0, "trunk_heads": 0, "context_state": False, "draft_vocabulary": 0}
 
 
@@ -179,10 +180,41 @@ def test_draft_logits_agree(changes: dict[str, Any], tie: bool | None) -> None:
         assert (x - y).abs().max() < 1e-4 * max(1.0, float(x.abs().max()))
 
 
-def test_the_engine_takes_the_same_steps() -> None:
+@pytest.mark.parametrize(
+    ("changes", "width"),
+    [
+        ({}, 96),
+        ({}, 48),
+        ({"context_state": False, "state_size": 24, "exit_dim": 40, "num_blocks": 2}, 144),
+        ({"cell": "rnn", "head": "own", "draft_vocabulary": 0, "exit_dim": 0}, 96),
+        (NARROW, 48),
+        (NARROW, 0),
+    ],
+    ids=["shipped", "no wider", "narrow state", "rnn, own head", "narrow", "narrow in proportion"],
+)
+def test_draft_logits_agree_at_a_width_of_its_own(changes: dict[str, Any], width: int) -> None:
+    small, drafter = small_model(True), small_drafter(**changes)
+    wide = wide_target(small, WIDE, False)
+    with torch.no_grad():
+        for linear in (m for m in drafter.modules() if isinstance(m, torch.nn.Linear)):
+            linear.weight.mul_(2)
+        a = draft_logits(small, drafter)
+        result = widen_drafter(drafter, wide.config, torch.float32, "cpu", 2, width)
+        b = draft_logits(wide, result)
+    assert result.config.hidden_size == 128 and result.config.width == (width or 64) and result.config.projected
+    assert not torch.allclose(a[0], a[1], atol=1e-2)
+    for x, y in zip(a, b, strict=True):
+        assert (x - y).abs().max() < 2e-4 * max(1.0, float(x.abs().max()))
+
+
+@pytest.mark.parametrize("width", [0, 96], ids=["as its target", "96"])
+def test_the_engine_takes_the_same_steps(width: int) -> None:
     small, drafter = small_model(True, EXACT), small_drafter()
     wide = wide_target(small, WIDE, False, EXACT)
-    pairs = [(small, copy.deepcopy(drafter)), (wide, widen_drafter(drafter, wide.config, torch.float32, "cpu", 2))]
+    pairs = [
+        (small, copy.deepcopy(drafter)),
+        (wide, widen_drafter(drafter, wide.config, torch.float32, "cpu", 2, width)),
+    ]
     shape = DecodeConfig(beam_width=4, branching=4, draft_length=4, tree_size=16)
     params = SamplingParams(max_new_tokens=48)
     seen = []
@@ -229,7 +261,10 @@ def test_named_shapes_hold_the_small_model_and_its_drafter(name: str, parameters
     drafter = DrafterConfig(
         vocab_size=49152, hidden_size=576, num_target_layers=30, trunk_layers=1, trunk_heads=9, trunk_kv_heads=3
     )
-    assert wide_drafter_config(drafter, config).hidden_size == SHAPES[name]["hidden_size"]
+    assert wide_drafter_config(drafter, config).width == SHAPES[name]["hidden_size"]
+    if name == "llama-2-7b":
+        narrow = wide_drafter_config(drafter, config, 1152)
+        assert (narrow.width, narrow.state_size, narrow.trunk_heads, narrow.trunk_kv_heads) == (1152, 1152, 18, 6)
 
 
 def test_rotary_frequencies_agree() -> None:
@@ -262,8 +297,15 @@ def test_what_cannot_be_widened_is_refused() -> None:
             widen(small, {}, wrong, torch.Generator())
     with pytest.raises(InvalidRequest, match="'nope' is unknown: use llama-2-7b"):
         shape_named("nope", small)
-    for changes, words in (({"cell": "medusa"}, "medusa"), ({"exit_dim": 50}, "exit_dim=20")):
+    for changes, width, words in (
+        ({"cell": "medusa"}, 0, "medusa"),
+        ({"exit_dim": 50}, 0, "exit_dim=20"),
+        ({}, 72, "width=72 is too small for a drafter of 48: use 48 or at least 96"),
+        ({}, 112, "width=112 must hold groups of 3 heads of 16"),
+        ({"cell": "sum"}, 96, "cell='sum' is as wide as its target"),
+        (NARROW, 128, "leave out the drafter's projection"),
+    ):
         with pytest.raises(InvalidRequest, match=words):
-            wide_drafter_config(small_drafter(**changes).config, good, 20)
+            wide_drafter_config(small_drafter(**changes).config, good, width, 20)
     with pytest.raises(InvalidRequest, match="use 48 or at least 96"):
         wide_drafter_config(small_drafter().config, wide_config(small, **{**WIDE, "hidden_size": 64}))

@@ -12,6 +12,7 @@ import pytest
 
 mx = pytest.importorskip("mlx.core", reason="MLX is not installed: pip install 'redrafter[mlx]'")
 
+import mlx.nn as nn
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,11 +21,14 @@ from redrafter.algorithm.beam import Reading, beam_tokens, draft
 from redrafter.algorithm.tree import keep_final_beams, pack
 from redrafter.backends.mlx.drafter import load_drafter
 from redrafter.backends.mlx.drafting import MLXDrafter
+from redrafter.backends.mlx.load import bind, head_of
 from redrafter.backends.mlx.ops import MLXOps
 from redrafter.backends.torch.checkpoint import save_drafter
 from redrafter.backends.torch.drafter import CELLS, HEADS, Drafter, DrafterConfig
 from redrafter.backends.torch.drafting import TorchDrafter
 from redrafter.errors import CorruptModel
+from redrafter.params import DecodeConfig
+from tests.mlx_backend.tiny import open_target, write_drafter, write_model, write_quantised
 
 V, D, ROWS, TEXT = 29, 16, 3, 40
 TRUNKS = [{}, {"trunk_layers": 1}, {"trunk_layers": 2, "trunk_heads": 4, "trunk_kv_heads": 2, "trunk_window": 9}]
@@ -37,6 +41,8 @@ VARIANTS = [
     {"cell": "gru", "state_size": 8, "exit_dim": 20, "num_blocks": 0, "feature_layers": (1,)},
     {"cell": "gru", "draft_vocabulary": 11, "trunk_layers": 1, "trunk_heads": 2},
     {"cell": "gru", "head": "tied", "draft_vocabulary": 11},
+    {"cell": "gru", "head": "tied", "width": 8, "context_state": True, "trunk_layers": 1, "trunk_heads": 2},
+    *({"cell": cell, "width": 8} for cell in CELLS),
 ]
 CASES_FOLDER = Path(__file__).parents[3] / "shared" / "conformance"
 
@@ -89,6 +95,32 @@ def test_logits_are_torch_s_at_every_depth(variant: dict, tmp_path: Path) -> Non
         beam, token = torch.tensor(beams), torch.randint(V, (ROWS, 2))
         a, b = t.extend(a, beam, token), m.extend(b, mx.array(beam.numpy()), mx.array(token.numpy()))
         assert_close(b, a, m, t)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("cell", "width", "quantised"), [("gru", 0, False), ("rnn", 16, False), ("gru", 16, True)])
+def test_folding_the_head_changes_no_draft(cell: str, width: int, quantised: bool, tmp_path: Path) -> None:
+    """A quantised head stays as it is: its rows are fewer bytes than the product."""
+    model = write_model(tmp_path / "model", "llama")
+    if quantised:
+        model = write_quantised(tmp_path / "quantised", model)
+    where = write_drafter(tmp_path / "drafter", cell=cell, width=width, draft_vocabulary=40)
+    target = open_target(model)
+    drafter, token_ids = load_drafter(where)
+    plain = MLXDrafter(drafter, target.embed, head_of(target.head, token_ids), token_ids)
+    bound = bind(target, *load_drafter(where))
+    assert isinstance(bound.drafter.exit, nn.Identity) != quantised
+    torch.manual_seed(4)
+    tokens = mx.array(torch.randint(96, (4, 10)).numpy())
+    first = mx.zeros(4, dtype=mx.int64)
+    reading = Reading(mx.array(torch.randn(4, 10, 96).numpy()), tokens, first, first + 10)
+    shape = DecodeConfig(beam_width=4, branching=4, draft_length=4, tree_size=24)
+    found = []
+    for worker in (bound, plain):
+        worker.allocate(4, 32)
+        found.append(draft(MLXOps(), worker, reading, tokens[:, -1], shape))
+    assert found[0].tokens.tolist() == found[1].tokens.tolist()
+    np.testing.assert_allclose(np.array(found[0].score), np.array(found[1].score), atol=1e-4)
 
 
 def assert_close(ours, theirs, m: MLXDrafter, t: TorchDrafter) -> None:

@@ -7,8 +7,23 @@ comes out sqrt(D_w / D_s) times as large, which the next matrix undoes. Its eps 
 much, a relative change of (D_w / D_s - 1) eps / (2 ms) for a mean square ms: 3e-4 for embeddings of 0.1 in a 7B shape,
 less than bfloat16 rounds.
 
-The trunk takes the wide target's heads; expansion, window, layers, vocabulary stay. Share of weights that are zero,
-the shipped drafter in the shape of Llama-2-7B | of Qwen2.5-1.5B: fuse 10 % | 9 %, trunk q 4 % | 28 %, k 0,
+``width`` 0: a drafter as wide as its target, the trunk with the wide target's heads. Nobody would train that for 7B.
+Another width: features come in as wide as the target's, embeddings through ``embed_proj`` (an identity among random
+weights), and the trunk's heads stay as wide as they were. Such a width is at least twice the small drafter's, 1152 for
+the shipped one: the context's norm has no weights and its result is the first state, so no scale may change, and only a
+second copy of every channel can see to that. ``bind`` multiplies the target's head rows with ``exit``, here as in any
+drafter; no zeros are left in the [V_d, exit_dim] that a depth reads.
+
+The shipped drafter in the shape of Llama-2-7B, MB in bfloat16:
+    width, exit_dim   read per depth, zeros   with a token table (its size)   once per step
+    4096, 4096        436, 8 %                336 (1208)                      503
+    1152, 1024        66, 10 %                48 (340)                        70
+    1152, 576         48, 8 %                 30 (340)                        70
+Share of weights that are zero at width 1152, exit_dim 1024: fuse, trunk q, k, o, gate, down 0, v and up 50 %,
+embed_proj 14 %, gru_w 0, gru_u 25 %, input_proj 58 %, block 25 %.
+
+Expansion, window, layers, vocabulary stay. Share of weights that are zero at width 0, in the shape of Llama-2-7B | of
+Qwen2.5-1.5B: fuse 10 % | 9 %, trunk q 4 % | 28 %, k 0,
 v 24 % | 38 %, o 10 % | 22 %, gate 0, up 24 % | 47 %, down 10 % | 9 %, gru 6 % | 12 %, input_proj 25 % | 54 %,
 block and exit 12 % | 23 %.
 """
@@ -28,28 +43,35 @@ from redrafter.drafter_config import DrafterConfig
 from redrafter.errors import InvalidRequest
 
 
-def wide_drafter_config(small: DrafterConfig, wide: LlamaConfig, exit_dim: int = 0) -> DrafterConfig:
-    """``exit_dim`` 0 widens it in proportion. A state as wide as the hidden state stays so, another keeps its width.
-    Raises InvalidRequest."""
+def wide_drafter_config(small: DrafterConfig, wide: LlamaConfig, width: int = 0, exit_dim: int = 0) -> DrafterConfig:
+    """``width`` and ``exit_dim`` 0 widen in proportion. A state as wide as the drafter stays so, another keeps its
+    width. Raises InvalidRequest."""
     if small.cell == "medusa":
         raise InvalidRequest("cell='medusa' adds to a norm that widening scales: use a drafter with another cell")
     if small.vocab_size != wide.vocab_size:
         raise InvalidRequest(f"the drafter's vocabulary is {small.vocab_size} and the wide target's {wide.vocab_size}")
-    width, old = wide.hidden_size, small.hidden_size
-    if width < old or (small.fused and old < width < 2 * old):
+    old, width = small.width, width or small.width * wide.hidden_size // small.hidden_size
+    narrow = width != wide.hidden_size
+    if width < old or wide.hidden_size < small.hidden_size or (small.fused and old < width < 2 * old):
+        raise InvalidRequest(f"width={width} is too small for a drafter of {old}: use {old} or at least {2 * old}")
+    if narrow and not (small.fused and small.cell in ("gru", "rnn")):
         raise InvalidRequest(
-            f"hidden_size={width} is too small for a drafter of {old}: use {old} or at least {2 * old}"
+            f"a drafter with a bare context or cell={small.cell!r} is as wide as its target: use width=0, not {width}"
         )
+    if small.projected and not narrow:
+        raise InvalidRequest(f"width={width} would leave out the drafter's projection: use another than the target's")
+    heads = _trunk_heads(small, width) if narrow else heads_of(wide)
     state = width if small.state_size == old else small.state_size
     projected = small.exit_dim != old + small.state_size
     result = replace(
         small,
-        hidden_size=width,
+        hidden_size=wide.hidden_size,
+        width=width,
         num_target_layers=wide.num_hidden_layers,
         state_size=state,
         exit_dim=(exit_dim or small.exit_dim * width // old) if projected else width + state,
-        trunk_heads=heads_of(wide).query if small.trunk_heads else 0,
-        trunk_kv_heads=heads_of(wide).kv if small.trunk_heads else 0,
+        trunk_heads=heads.query if small.trunk_heads else 0,
+        trunk_kv_heads=heads.kv if small.trunk_heads else 0,
     )
     if projected and (result.exit_dim == width + state or result.exit_dim < small.exit_dim):
         raise InvalidRequest(
@@ -59,6 +81,18 @@ def wide_drafter_config(small: DrafterConfig, wide: LlamaConfig, exit_dim: int =
     if not projected and exit_dim not in (0, width + state):
         raise InvalidRequest(f"exit_dim={exit_dim} would need a projection that the drafter has not: leave it at 0")
     return result
+
+
+def _trunk_heads(small: DrafterConfig, width: int) -> Heads:
+    """As many heads of the small drafter's width as ``width`` holds, grouped as there."""
+    if not small.trunk_heads:
+        return Heads(0, 0, 0)
+    size, group = small.width // small.trunk_heads, small.trunk_heads // small.trunk_kv_heads
+    if width % (size * group):
+        raise InvalidRequest(
+            f"width={width} must hold groups of {group} heads of {size}: use a multiple of {size * group}"
+        )
+    return Heads(width // size, width // size // group, size)
 
 
 def join(*axes: tuple[int, Axis]) -> Axis:
@@ -89,12 +123,17 @@ def read_once(axis: Axis) -> Axis:
 
 def drafter_axes(small: DrafterConfig, wide: DrafterConfig) -> dict[str, tuple[Axis, Axis]]:
     """The (rows, columns) of every matrix of the drafter, by its name."""
-    old, new = small.hidden_size, wide.hidden_size
-    target = first(old, new)
-    normed = first(old, new, math.sqrt(new / old)) if small.fused else target
+    hidden = small.hidden_size
+    target = first(hidden, wide.hidden_size)
+    normed = first(hidden, wide.hidden_size, math.sqrt(wide.hidden_size / hidden)) if small.fused else target
+    old, new = small.width, wide.width
+    token = first(old, new) if wide.projected else normed
     context = doubled(old, new) if small.fused else target
     state = read_once(context) if small.context_state else first(small.state_size, wide.state_size)
-    axes: dict[str, tuple[Axis, Axis]] = {"fuse": (context, join(*[(old, normed)] * (2 + len(small.feature_layers))))}
+    axes: dict[str, tuple[Axis, Axis]] = {
+        "fuse": (context, join(*[(hidden, normed)] * (2 + len(small.feature_layers)))),
+        "embed_proj": (token, normed),
+    }
     if small.trunk_layers:
         inner = first(int(old * small.trunk_expansion), int(new * small.trunk_expansion))
         if small.trunk_heads:
@@ -106,7 +145,7 @@ def drafter_axes(small: DrafterConfig, wide: DrafterConfig) -> dict[str, tuple[A
             axes |= {f"trunk.layers.{layer}.{name}": pair for name, pair in layer_axes(context, heads, inner).items()}
     gate = state.rest_free()
     gates = join((small.state_size, gate), (small.state_size, gate), (small.state_size, state))
-    axes |= {"rnn_w": (state, normed), "rnn_u": (state, state), "gru_w": (gates, normed), "gru_u": (gates, state)}
+    axes |= {"rnn_w": (state, token), "rnn_u": (state, state), "gru_w": (gates, token), "gru_u": (gates, state)}
     if wide.exit_dim == new + wide.state_size:
         out = join((old, read_once(context)), (small.state_size, state))
     else:
@@ -133,14 +172,20 @@ def widen_drafter(
     dtype: torch.dtype,
     device: torch.device | str,
     seed: int,
+    width: int = 0,
     exit_dim: int = 0,
 ) -> Drafter:
     """The drafter of a widened target with the same draft logits. ``drafter`` is not bound yet (``bind`` packs it)."""
-    config = wide_drafter_config(drafter.config, wide, exit_dim)
+    config = wide_drafter_config(drafter.config, wide, width, exit_dim)
     axes, state = drafter_axes(drafter.config, config), drafter.state_dict()
     generator = torch.Generator(device).manual_seed(seed)
     with torch.device(device):
         result = Drafter(config).to(dtype)
+    if config.projected and not drafter.config.projected:
+        state = {
+            **state,
+            "embed_proj.weight": torch.eye(config.hidden_size)[: drafter.config.width, : drafter.config.width],
+        }
     for name, parameter in result.named_parameters():
         if name not in state:
             raise InvalidRequest(f"the drafter has no weight {name}: widen it before it is bound to a target")

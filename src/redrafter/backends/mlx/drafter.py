@@ -95,7 +95,7 @@ class Trunk(nn.Module):
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
-        width, heads = config.hidden_size, config.trunk_heads
+        width, heads = config.width, config.trunk_heads
         self.window = config.trunk_window
         self.head_width = width // heads if heads else 0
         self.layers = [
@@ -131,10 +131,12 @@ class Drafter(nn.Module):
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
         self.config = config
-        width, state = config.hidden_size, config.state_size
+        width, state = config.width, config.state_size
         if config.fused:
-            self.fuse = nn.Linear(config.feature_size + width, width, bias=False)
+            self.fuse = nn.Linear(config.feature_size + config.hidden_size, width, bias=False)
             self.trunk = Trunk(config)
+        if config.projected:
+            self.embed_proj = nn.Linear(config.hidden_size, width, bias=False)
         if config.cell == "rnn":
             self.rnn_w = nn.Linear(width, state, bias=False)
             self.rnn_u = nn.Linear(state, state)
@@ -149,7 +151,7 @@ class Drafter(nn.Module):
         if config.head == "own":
             self.head = nn.Linear(config.exit_dim, config.vocabulary, bias=False)
         else:
-            self.exit = nn.Linear(config.exit_dim, width, bias=False)
+            self.exit: nn.Module = nn.Linear(config.exit_dim, config.hidden_size, bias=False)
 
     def context(
         self,
@@ -160,7 +162,7 @@ class Drafter(nn.Module):
         store: Store,
     ) -> mx.array:
         """What stays constant while one tree is drafted: features [B, T, F] and embeddings [B, T, D] of the tokens
-        that follow them -> [B, T, D]."""
+        that follow them -> [B, T, C], C the drafter's width."""
         if not self.config.fused:
             return features_BTF[..., : self.config.hidden_size]
         parts = [rms(x) for x in mx.split(features_BTF, 1 + len(self.config.feature_layers), axis=-1)]
@@ -168,7 +170,7 @@ class Drafter(nn.Module):
         return rms(self.trunk(x, position_BT, mask, store))
 
     def first_state(self, context: mx.array, root_embedding: mx.array) -> mx.array:
-        """s_1: the state after the root, from s_0. [..., D], [..., D] -> [..., state]."""
+        """s_1: the state after the root, from s_0. [..., C], [..., D] -> [..., state]."""
         if self.config.context_state:
             return self.next_state(context, root_embedding, 0)
         zero = mx.zeros((*context.shape[:-1], self.config.state_size), dtype=context.dtype)
@@ -176,16 +178,29 @@ class Drafter(nn.Module):
 
     def next_state(self, state: mx.array, embedding: mx.array, depth: int) -> mx.array:
         """[..., state], [..., D] -> [..., state]: read one more token; ``depth`` drafted tokens were read before it."""
-        if self.config.cell == "sum":
-            return state + embedding
-        if self.config.cell == "medusa":
-            if depth == 0:
-                return self.depth_blocks[0](rms(embedding))
+        if self.config.cell == "medusa" and depth > 0:
             return self.depth_blocks[min(depth, self.config.draft_length - 1)](state)
-        e = rms(embedding) if self.config.fused else embedding
+        return self.take(state, self.token_input(embedding))
+
+    def token_input(self, embedding: mx.array) -> mx.array:
+        """What the cell adds of a token, whatever the state: [..., D] -> [..., 3 state] (gru) or [..., state]."""
+        cell = self.config.cell
+        e = rms(embedding) if cell == "medusa" or (self.config.fused and cell != "sum") else embedding
+        if self.config.projected:
+            e = self.embed_proj(e)
+        if cell == "rnn":
+            return self.rnn_w(e)
+        return self.gru_w(e) if cell == "gru" else e
+
+    def take(self, state: mx.array, token: mx.array) -> mx.array:
+        """[..., state] and a token's ``token_input`` -> [..., state]."""
+        if self.config.cell == "sum":
+            return state + token
+        if self.config.cell == "medusa":
+            return self.depth_blocks[0](token)
         if self.config.cell == "rnn":
-            return nn.silu(self.rnn_w(e) + self.rnn_u(state))
-        r_w, z_w, n_w = mx.split(self.gru_w(e), 3, axis=-1)
+            return nn.silu(token + self.rnn_u(state))
+        r_w, z_w, n_w = mx.split(token, 3, axis=-1)
         r_u, z_u, n_u = mx.split(self.gru_u(state), 3, axis=-1)
         z = mx.sigmoid(z_w + z_u)
         return (1 - z) * mx.tanh(n_w + mx.sigmoid(r_w + r_u) * n_u) + z * state

@@ -14,7 +14,7 @@ from redrafter.backends.mlx.kv_cache import SLOT_STEP, KVCache
 
 class DraftState(NamedTuple):
     context: mx.array
-    """[B, 1, D]"""
+    """[B, 1, C], C the drafter's width"""
     state: mx.array
     """[B, W, state]"""
     depth: int
@@ -42,7 +42,7 @@ class MLXDrafter:
         self._cache = None
         if config.trunk_layers and config.trunk_heads:
             dtype = drafter.fuse.weight.dtype
-            width = config.hidden_size // config.trunk_heads
+            width = config.width // config.trunk_heads
             self._cache = KVCache(config.trunk_layers, config.trunk_kv_heads, width, dtype)
 
     def allocate(self, rows: int, capacity: int) -> None:

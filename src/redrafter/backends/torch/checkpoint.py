@@ -62,7 +62,7 @@ def save_apple(drafter: Drafter, folder: Path) -> None:
     """Write Apple's layout, tensor set A (notes on the checkpoint contract: ``lm_head.{i}.linear``, ``rnn_u``, ..)."""
     config = drafter.config
     plain = config.cell in ("rnn", "sum") and config.head == "own" and not config.fused and not config.draft_vocabulary
-    if not plain or config.context_state or config.state_size != config.hidden_size:
+    if not plain or config.context_state or config.state_size != config.hidden_size or config.projected:
         raise CorruptModel(
             f"{folder}: Apple's layout holds cell rnn or sum, an own head over the whole vocabulary and the last "
             f"hidden state only, not cell={config.cell!r}, head={config.head!r}; use save_drafter"

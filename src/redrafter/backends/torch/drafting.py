@@ -10,11 +10,12 @@ from torch import Tensor
 
 from redrafter.algorithm.beam import Reading
 from redrafter.backends.torch.drafter import Drafter
+from redrafter.errors import InvalidRequest
 
 
 class DraftState(NamedTuple):
     context: Tensor
-    """[B, 1, D]"""
+    """[B, 1, C], C the drafter's width"""
     state: Tensor
     """[B, W, state]"""
     depth: int
@@ -24,7 +25,8 @@ class TorchDrafter:
     """What the beam search calls (``algorithm/beam.py``).
 
     embed: target ids -> [..., D]; head: exit hidden [..., X] -> logits over the draft vocabulary, or over its first
-    ``vocabulary`` tokens (the ids are sorted by how often the target says them).
+    ``vocabulary`` tokens (the ids are sorted by how often the target says them). ``table`` [V, 3 state or state]: what
+    the cell adds of every token (``token_table``), which turns a product per drafted token into a look-up.
     """
 
     def __init__(
@@ -33,8 +35,10 @@ class TorchDrafter:
         embed: Callable[[Tensor], Tensor],
         head: Callable[[Tensor], Tensor],
         vocabulary: int = 0,
+        table: Tensor | None = None,
     ) -> None:
         self.drafter = drafter
+        self.table = table
         self._embed = embed
         self._head = head
         reduced = drafter.config.draft_vocabulary > 0
@@ -49,7 +53,7 @@ class TorchDrafter:
             return
         like = self._embed(torch.zeros(1, dtype=torch.int64, device=self.drafter.token_ids.device))
         # One step writes draft_length + 1 pairs, of which those past the accepted ones are overwritten by the next.
-        size = (rows, config.trunk_kv_heads, capacity + 64, config.hidden_size // config.trunk_heads)
+        size = (rows, config.trunk_kv_heads, capacity + 64, config.width // config.trunk_heads)
         for caches in (self._keys, self._values):
             old, caches[:] = caches[:], [like.new_zeros(size) for _ in range(config.trunk_layers)]
             for before, after in zip(old, caches, strict=False):
@@ -98,14 +102,27 @@ class TorchDrafter:
         rows = torch.arange(context_BTD.shape[0], device=context_BTD.device)
         last_B = reading.count - 1
         context = context_BTD[rows, last_B][:, None]
-        root = self._embed(reading.tokens[rows, last_B])[:, None]
-        return DraftState(context, self.drafter.first_state(context, root), 0)
+        root_B1 = reading.tokens[rows, last_B][:, None]
+        return DraftState(context, self._next(self.drafter.zeroth_state(context), root_B1, 0), 0)
 
     def extend(self, state: DraftState, beam_BW: Tensor, token_BW: Tensor) -> DraftState:
         index = beam_BW[:, :, None].expand(*beam_BW.shape, state.state.shape[-1])
         parent = torch.gather(state.state, 1, index)
         depth = state.depth + 1
-        return DraftState(state.context, self.drafter.next_state(parent, self._embed(token_BW), depth), depth)
+        return DraftState(state.context, self._next(parent, token_BW, depth), depth)
+
+    def _next(self, state: Tensor, token: Tensor, depth: int) -> Tensor:
+        if self.table is None:
+            return self.drafter.next_state(state, self._embed(token), depth)
+        return self.drafter.take(state, self.table[token])
 
     def logits(self, state: DraftState) -> Tensor:
         return self._head(self.drafter.exit_hidden(state.context, state.state)).float()
+
+
+def token_table(drafter: Drafter, embed: Callable[[Tensor], Tensor]) -> Tensor:
+    """[V, 3 state] (gru) or [V, state] (rnn): ``token_input`` of every token of the target, in the drafter's dtype."""
+    if drafter.config.cell not in ("gru", "rnn"):
+        raise InvalidRequest(f"a table of cell={drafter.config.cell!r} would save no product: leave it out")
+    ids = torch.arange(drafter.config.vocab_size, device=drafter.token_ids.device)
+    return torch.cat([drafter.token_input(embed(part)) for part in ids.split(4096)])

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from redrafter.backends.base import BaseBackend
 from redrafter.backends.torch import linear
 from redrafter.backends.torch.attention import EXACT, FAST
 from redrafter.backends.torch.drafter import Drafter
-from redrafter.backends.torch.drafting import TorchDrafter
+from redrafter.backends.torch.drafting import TorchDrafter, token_table
 from redrafter.backends.torch.fused import fuse_layers
 from redrafter.backends.torch.ops import TorchOps
 from redrafter.backends.torch.target import TorchTarget
@@ -85,12 +85,13 @@ class TorchBackend(BaseBackend):
         context_limit: int,
         eos_ids: Iterable[int],
         vocabulary: int = 0,
+        table: bool = False,
     ) -> None:
         self.ops = TorchOps()
         self.target = target
         self.context_limit = context_limit
         self.eos_ids = frozenset(eos_ids)
-        self.drafter = None if drafter is None else bind(target, drafter, vocabulary)
+        self.drafter = None if drafter is None else bind(target, drafter, vocabulary, table)
 
     @property
     def device(self) -> torch.device:
@@ -135,17 +136,27 @@ class TorchBackend(BaseBackend):
             torch.cuda.synchronize(self.device)
 
 
-def bind(target: TorchTarget, drafter: Drafter, vocabulary: int = 0) -> TorchDrafter:
-    """A drafter at work on this target: cast, packed, with the target's own embedding and, if tied, its head."""
+@torch.no_grad()
+def bind(
+    target: TorchTarget,
+    drafter: Drafter,
+    vocabulary: int = 0,
+    table: bool = False,
+    kind: type[TorchDrafter] = TorchDrafter,
+) -> TorchDrafter:
+    """A drafter at work on this target: cast, packed, with the target's own embedding and, if tied, its head.
+
+    ``table``: look up what the cell reads of a token (``token_table``): vocab_size x 3 x state_size numbers more
+    memory for a gru, and its input product gone from every drafted token.
+    """
     config = drafter.config
     drafter = drafter.to(target.device, target.dtype).eval().requires_grad_(False)
-    if config.head == "own":
-        weight = drafter.head.weight
-    else:
-        weight = target.head_weight
-        if config.draft_vocabulary:
-            weight = weight[drafter.token_ids]
-    if vocabulary and config.draft_vocabulary:
-        weight = weight[:vocabulary]
+    weight = drafter.head.weight if config.head == "own" else target.head_weight
+    if config.draft_vocabulary:
+        weight = (weight if config.head == "own" else weight[drafter.token_ids])[: vocabulary or None]
+    if config.foldable:
+        weight = (weight.float() @ drafter.exit.weight.float()).to(target.dtype)
+        drafter.set_submodule("exit", nn.Identity())
     linear.pack_linears(drafter)
-    return TorchDrafter(drafter, target.embed, linear.make_linear(weight), vocabulary)
+    rows = token_table(drafter, target.embed) if table else None
+    return kind(drafter, target.embed, linear.make_linear(weight), vocabulary, rows)
