@@ -22,6 +22,7 @@ class TokenTree(NamedTuple):
     depth: Array  # [B, N] int64, root 0
     mask: Array  # [B, N, N] bool: node i attends to node j, that is, j is i or an ancestor of i
     live: Array  # [B, N] bool: False where a node exists only to fill the shape and may not be accepted
+    ancestors: Array | None = None  # the mask as bits, where a backend packs it so
 
 
 def pack(ops: Ops, beams: DraftBeams, root: Array, tree_size: int) -> TokenTree:

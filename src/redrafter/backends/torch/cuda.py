@@ -1,0 +1,184 @@
+"""The backend on an NVIDIA GPU: one graph per step, kernels of our own, a host that stays one step behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from redrafter.algorithm.accept import Accepted
+from redrafter.algorithm.beam import DraftBeams, Reading, draft
+from redrafter.algorithm.ops import Ops
+from redrafter.algorithm.step import DecodeState, Stages, step
+from redrafter.algorithm.tree import TokenTree, pack
+from redrafter.backends.base import BaseBackend, Fetched
+from redrafter.backends.torch.drafter import Drafter
+from redrafter.backends.torch.drafting import DraftState, TorchDrafter
+from redrafter.backends.torch.graph import CudaRecorder, GraphRunner, leaves, like
+from redrafter.backends.torch.kernels import step as kernels
+from redrafter.backends.torch.kernels.matmul import MAX_ROWS, few_rows, gru_step
+from redrafter.backends.torch.load import TorchBackend, bind
+from redrafter.backends.torch.target import TorchTarget
+from redrafter.params import DecodeConfig
+
+IN_FLIGHT = 3
+"""Pinned buffers per kind of outcome: one being read, one on its way, one being launched."""
+
+
+class GraphBackend(TorchBackend):
+    """TorchBackend whose step is recorded. ``record`` is a test's stand-in for CUDA's recorder."""
+
+    def __init__(
+        self,
+        target: TorchTarget,
+        drafter: Drafter | None,
+        context_limit: int,
+        eos_ids: Iterable[int],
+        *,
+        record: Any = None,
+    ) -> None:
+        super().__init__(target, None, context_limit, eos_ids)
+        if drafter is not None:
+            table = drafter.config.cell in ("gru", "rnn")
+            self.drafter = bind(target, drafter, table=table, kind=KernelDrafter)
+        self.run_ahead = True
+        self._runner = GraphRunner(self._whole_step, record or CudaRecorder(target.device))
+        self._pinned: dict[Any, list[Any]] = {}
+        self._told: Any = None
+
+    @property
+    def graphs(self) -> int:
+        """Recorded so far."""
+        return len(self._runner)
+
+    def reserve(self, rows: int, tokens: int) -> None:
+        before = self.rows, self.slots
+        super().reserve(rows, tokens)
+        if (self.rows, self.slots) != before:
+            self._runner.clear()
+
+    def step(self, state: DecodeState, config: DecodeConfig) -> tuple[DecodeState, Accepted, TokenTree]:
+        graph = self._runner(state, config)
+        self._told = graph.told
+        return graph.after, graph.accepted, graph.tree
+
+    def _whole_step(
+        self, state: DecodeState, config: DecodeConfig
+    ) -> tuple[DecodeState, Accepted, TokenTree, tuple[Any, ...]]:
+        after, accepted, tree = step(self.ops, self.target, self.drafter, state, config, KERNELS)
+        told = BaseBackend.fetch(self, accepted, tree)
+        return after, accepted, tree, (told.packed, told.logprobs)
+
+    def fetch(self, accepted: Accepted, tree: TokenTree) -> Fetched:
+        """Start the copy to pinned memory of what the last step told."""
+        told = self._told
+        if self.device.type != "cuda":
+            return Fetched(*like(told))
+        key = tuple(tuple(x.shape) for x in leaves(told))
+        ring = self._pinned.setdefault(key, [])
+        if len(ring) < IN_FLIGHT:
+            ring.append(_pinned(told))
+        else:
+            ring.append(ring.pop(0))
+        for to, value in zip(leaves(ring[-1]), leaves(told), strict=True):
+            to.copy_(value, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        return Fetched(*ring[-1], ready)
+
+    def read(self, handle: Fetched) -> Any:
+        if handle.ready is not None:
+            handle.ready.synchronize()
+        return super().read(handle)
+
+
+def _pinned(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    return tuple(map(_pinned, value)) if isinstance(value, tuple) else value
+
+
+class KernelDrafter(TorchDrafter):
+    """TorchDrafter with two or three launches per drafted token instead of a dozen.
+
+    The head's input is W_c c + W_s s + b before the residual blocks; the context's part is computed once per step.
+    """
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        embed: Callable[[Tensor], Tensor],
+        head: Callable[[Tensor], Tensor],
+        vocabulary: int = 0,
+        table: Tensor | None = None,
+    ) -> None:
+        super().__init__(drafter, embed, head, vocabulary, table)
+        config = drafter.config
+        self._gru = config.cell == "gru" and table is not None
+        self._project = config.exit_dim != config.width + config.state_size
+        if self._project:
+            parts = drafter.input_proj.weight.split([config.width, config.state_size], 1)
+            self._of_context, self._of_state = (part.contiguous() for part in parts)
+
+    def begin(self, reading: Reading) -> DraftState:
+        state = super().begin(reading)
+        if not self._project:
+            return state
+        part = torch.nn.functional.linear(state.context, self._of_context, self.drafter.input_proj.bias)
+        return state._replace(context=part)
+
+    def extend(self, state: DraftState, beam_BW: Tensor, token_BW: Tensor) -> DraftState:
+        rows, width = beam_BW.shape
+        before = state.state
+        if not self._gru or rows * width > MAX_ROWS:
+            return super().extend(state, beam_BW, token_BW)
+        first = torch.arange(rows, device=beam_BW.device)[:, None] * before.shape[1]
+        parent = beam_BW if rows == 1 else beam_BW + first
+        u = self.drafter.gru_u
+        assert self.table is not None
+        flat = before.reshape(-1, before.shape[-1])
+        new = gru_step(self.table, token_BW.reshape(-1), flat, parent.reshape(-1), u.weight, u.bias)
+        return DraftState(state.context, new.view(rows, width, -1), state.depth + 1)
+
+    def logits(self, state: DraftState) -> Tensor:
+        rows, width, size = state.state.shape
+        if not self._project or rows * width > MAX_ROWS:
+            assert not self._project, f"{rows} x {width} beams: at most {MAX_ROWS}"
+            return super().logits(state)
+        context = state.context.expand(rows, width, -1).reshape(rows * width, -1)
+        x = few_rows(state.state.reshape(rows * width, size), self._of_state, residual_MN=context)
+        for block in self.drafter.blocks:
+            x = few_rows(x, block.linear.weight, block.linear.bias, residual_MN=x, silu=True)
+        if self.drafter.config.head != "own":
+            x = self.drafter.exit(x)
+        return self._head(x).view(rows, width, -1)
+
+
+def _noise(ops: Ops, target: Any, state: DecodeState, depths: int) -> Any:
+    return kernels.fast_noise(state.sampling, state.lengths, depths, target.vocab_size)
+
+
+def _draft(ops: Ops, drafter: Any, reading: Reading, root: Tensor, shape: DecodeConfig, noise: Any) -> DraftBeams:
+    ids = drafter.token_ids
+    vocabulary = len(ids) if ids is not None else drafter.drafter.config.vocab_size
+    if kernels.covers_shape(shape, vocabulary):
+        return kernels.fast_draft(drafter, reading, root, shape, noise)
+    return draft(ops, drafter, reading, root, shape, noise)
+
+
+def _pack(ops: Ops, beams: DraftBeams, root: Tensor, tree_size: int) -> Any:
+    pool = beams.score.shape[1]
+    covered = 2 <= tree_size <= kernels.MAX_NODES and 0 < pool <= kernels.MAX_POOL
+    if not covered:
+        return pack(ops, beams, root, tree_size)
+    packed = kernels.fast_pack(beams, root, tree_size)
+    return packed.tree._replace(ancestors=packed.ancestors)
+
+
+def _choose_accept(ops: Ops, logits: Tensor, tree: Any, sampling: Any, noise: Any, depths: int) -> Accepted:
+    return kernels.fast_choose_accept(logits, tree, sampling, noise, depths)
+
+
+KERNELS = Stages(_noise, _draft, _pack, _choose_accept)

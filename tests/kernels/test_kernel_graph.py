@@ -1,0 +1,97 @@
+"""The recorded step, on kernels, against the plain backend: same answers, same counts, a graph per kind of step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be tested")
+
+from redrafter.backends.torch.cuda import GraphBackend
+from redrafter.backends.torch.drafter import Drafter
+from redrafter.backends.torch.graph import copy_into
+from redrafter.backends.torch.load import TorchBackend, make_target
+from redrafter.engine import Engine
+from redrafter.params import PLAIN, DecodeConfig
+from tests.tiny import VOCAB, drafter_config, make_model
+from tests.traffic import play, random_visits
+
+SHAPE = DecodeConfig(beam_width=3, branching=3, draft_length=3, tree_size=8)
+
+
+class Turns:
+    """Another shape at every step."""
+
+    shapes: Sequence[DecodeConfig] = (
+        SHAPE,
+        PLAIN,
+        DecodeConfig(beam_width=2, branching=2, draft_length=2, tree_size=4),
+    )
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def choose(self, rows: int) -> DecodeConfig:
+        self.steps += 1
+        return self.shapes[self.steps // 2 % 3]
+
+    def observe(self, config: DecodeConfig, accepted: Sequence[int], seconds: float | None) -> None:
+        """Nothing to learn."""
+
+
+@pytest.fixture(autouse=True)
+def plain_linears(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the kernels read the drafter's weights, which oneDNN's packing would hide."""
+    monkeypatch.setattr("redrafter.backends.torch.linear.can_pack", lambda *_: False)
+
+
+def rerun(function: Any) -> Any:
+    """Stands in for CUDA's recorder: runs the function again and writes into the first results."""
+    results = function()
+    return (lambda: copy_into(results, function())), results
+
+
+def make(kind: str, **config: Any) -> TorchBackend:
+    torch.manual_seed(0)
+    drafter = Drafter(drafter_config(**config))
+    if drafter.config.draft_vocabulary:
+        drafter.token_ids.copy_(torch.randperm(VOCAB)[: drafter.config.draft_vocabulary].sort().values)
+    target = make_target(make_model(), drafter.config.feature_layers)
+    if kind == "plain":
+        return TorchBackend(target, drafter, 200, {2}, table=drafter.config.cell == "gru")
+    backend = GraphBackend(target, drafter, 200, {2}, record=rerun)
+    backend.reserve(3, 264)
+    return backend
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"cell": "gru", "context_state": True, "exit_dim": 24, "num_blocks": 1, "draft_vocabulary": 64},
+        {"cell": "rnn", "head": "own", "exit_dim": 0, "trunk_layers": 0, "feature_layers": ()},
+    ],
+    ids=["shipped", "paper"],
+)
+def test_random_traffic_is_answered_as_by_the_plain_backend(config: dict[str, Any]) -> None:
+    visits = random_visits(seed=5, count=3, longest=6)
+    plain = play(Engine(make("plain", **config), Turns(), 3), visits)
+    recorded = play(Engine(make("graph", **config), Turns(), 3), visits)
+    kept = [i for i, visit in enumerate(visits) if visit.cancelled is None]
+    assert [recorded[i].ids for i in kept] == [plain[i].ids for i in kept]
+    assert [recorded[i].reason for i in kept] == [plain[i].reason for i in kept]
+
+
+def test_a_graph_serves_every_step_of_its_kind() -> None:
+    backend = make("graph", cell="gru", context_state=True, exit_dim=24, num_blocks=1, draft_vocabulary=64)
+    assert isinstance(backend, GraphBackend)
+    engine = Engine(backend, SHAPE, 3)
+    visits = [visit._replace(cancelled=None) for visit in random_visits(seed=1, count=2, longest=4)]
+    play(engine, visits)
+    first = backend.graphs
+    play(engine, visits)
+    assert 0 < first == backend.graphs
+    backend.reserve(3, 300)
+    assert backend.graphs == 0, "the cache moved: graphs that point to it must go"
