@@ -32,6 +32,7 @@ help:
 .venv/tests: .venv/made $(PINNED)
 	$(PIP) -e '.[test,serve]'
 	@$(PIP) --only-binary mlx,mlx-cpu,mlx-metal -e '.[mlx]' || echo "no MLX for this machine: its tests will be skipped"
+	@$(PIP) -e '.[browser]' || echo "no Playwright for this machine: the page's tests will be skipped"
 	@touch $@
 
 .venv/lints: .venv/made $(PINNED)
