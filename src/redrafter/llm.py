@@ -13,7 +13,7 @@ from redrafter.errors import InvalidRequest
 from redrafter.models import DEFAULT_MODEL, resolve, resolve_drafter
 from redrafter.params import DecodeConfig, SamplingParams
 from redrafter.reply import Chunk, Completion, Reply
-from redrafter.text import Message, Tokenizer
+from redrafter.text import Detokenizer, Message, Tokenizer
 
 if TYPE_CHECKING:
     from redrafter.engine import Engine
@@ -36,7 +36,7 @@ class LLM:
         self.model = model
         self.drafter = drafter
         self._plain: Engine | None = None
-        self._replies: dict[str, Reply] = {}
+        self._replies: dict[str, _Running] = {}
         self._numbers = itertools.count()
 
     @classmethod
@@ -98,7 +98,7 @@ class LLM:
         settings = _as_settings(params, len(batch))
         prompt_ids = [self.encode(prompt, raw=raw) for prompt in batch]
         engine = self._engine(speculation)
-        replies: list[Reply] = []
+        replies: list[_Running] = []
         try:
             for ids, setting in zip(prompt_ids, settings, strict=True):
                 replies.append(self._open(engine, ids, setting))
@@ -181,14 +181,14 @@ class LLM:
             )
         return wanted
 
-    def _open(self, engine: Engine, prompt_ids: list[int], params: SamplingParams) -> Reply:
+    def _open(self, engine: Engine, prompt_ids: list[int], params: SamplingParams) -> _Running:
         request_id = f"request-{next(self._numbers)}"
-        reply = Reply(engine, request_id, prompt_ids, params, self.tokenizer.detokenizer())
+        reply = _Running(engine, request_id, prompt_ids, params, self.tokenizer.detokenizer())
         engine.add(request_id, prompt_ids, params)
         self._replies[request_id] = reply
         return reply
 
-    def _close(self, reply: Reply) -> None:
+    def _close(self, reply: _Running) -> None:
         self._replies.pop(reply.request_id, None)
         if not reply.ended:
             reply.ended = True
@@ -202,6 +202,21 @@ class LLM:
                 reply.push(event)
                 if reply.completion is not None:
                     self._close(reply)
+
+
+class _Running(Reply):
+    """A reply and the engine that works on it."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        detokenizer: Detokenizer,
+    ) -> None:
+        super().__init__(request_id, prompt_ids, params, detokenizer)
+        self.engine = engine
 
 
 def _silent(_: str) -> None:

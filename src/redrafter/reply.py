@@ -12,7 +12,7 @@ from redrafter.params import SamplingParams
 from redrafter.text import Detokenizer, Piece, StopMatcher
 
 if TYPE_CHECKING:
-    from redrafter.engine import Engine, Event, RequestStatistics
+    from redrafter.requests import Event, RequestStatistics, TokenLogprobs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,8 @@ class Completion:
     finish_reason: str
     statistics: RequestStatistics
     error: RedrafterError | None = None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    """of every token, if ``SamplingParams.logprobs`` asked"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,8 @@ class Chunk:
     token_ids: tuple[int, ...]
     statistics: RequestStatistics
     completion: Completion | None = None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    """of every token, if ``SamplingParams.logprobs`` asked"""
 
     @property
     def text(self) -> str:
@@ -50,13 +54,11 @@ class Reply:
 
     def __init__(
         self,
-        engine: Engine,
         request_id: str,
         prompt_ids: Sequence[int],
         params: SamplingParams,
         detokenizer: Detokenizer,
     ) -> None:
-        self.engine = engine
         self.request_id = request_id
         self.chunks: deque[Chunk] = deque()
         self.completion: Completion | None = None
@@ -66,6 +68,7 @@ class Reply:
         self._matcher = StopMatcher(params.stop)
         self._token_ids: list[int] = []
         self._text: list[str] = []
+        self._logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
 
     def push(self, event: Event) -> None:
         self.ended = event.finish_reason is not None
@@ -79,6 +82,9 @@ class Reply:
             pieces += self._matcher.push(Piece(self._detokenizer.flush(), False))
             pieces += self._matcher.flush()
         self._token_ids += event.tokens[:taken]
+        logprobs = None if event.logprobs is None else event.logprobs[:taken]
+        if self._logprobs is not None:
+            self._logprobs += logprobs or ()
         self._text += [piece.text for piece in pieces]
         reason = "stop" if self._matcher.matched is not None else event.finish_reason
         if reason is not None:
@@ -89,6 +95,7 @@ class Reply:
                 finish_reason=reason,
                 statistics=event.statistics,
                 error=event.error if reason == "error" else None,
+                logprobs=None if self._logprobs is None else tuple(self._logprobs),
             )
         self.chunks.append(
             Chunk(
@@ -96,5 +103,6 @@ class Reply:
                 token_ids=tuple(event.tokens[:taken]),
                 statistics=event.statistics,
                 completion=self.completion,
+                logprobs=logprobs,
             )
         )

@@ -94,6 +94,10 @@ class Tokenizer:
         detokenizer = self.detokenizer()
         return "".join(detokenizer.push(token) for token in ids) + detokenizer.flush()
 
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for; a special one for its name, an id without a token for nothing."""
+        return self._bytes(token) or (self._tokenizer.convert_ids_to_tokens(token) or "").encode()
+
     def detokenizer(self) -> Detokenizer:
         return Detokenizer(self._bytes)
 
