@@ -19,7 +19,7 @@ from redrafter import LLM, DecodeConfig
 from redrafter.backends.torch.drafter import Drafter
 from redrafter.backends.torch.load import TorchBackend, make_target
 from redrafter.engine import Engine
-from redrafter.server.run import Server, listen, make_server
+from redrafter.server.run import BACKLOG, Server, bind, make_server
 from redrafter.server.settings import ServeSettings
 from redrafter.text import Tokenizer
 from tests import fakes
@@ -71,7 +71,8 @@ def running(llm: LLM | None = None, **settings: Any) -> Iterator[Running]:
     """A uvicorn server at a free port. ``settings``: those of ``ServeSettings``."""
     llm = tiny_llm() if llm is None else llm
     chosen = ServeSettings(**{"model_name": "tiny", "port": 0, "drain": 5.0, **settings})
-    listener = listen(chosen)
+    listener = bind(chosen)
+    listener.listen(BACKLOG)
     server = _InThread(make_server(llm, chosen))
     thread = threading.Thread(target=server.run, args=(listener,), daemon=True)
     thread.start()

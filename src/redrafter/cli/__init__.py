@@ -13,7 +13,7 @@ import typer
 from redrafter import __version__
 from redrafter.errors import RedrafterError
 
-COMMANDS = ("generate", "chat", "bench", "data", "train", "eval", "card", "doctor")
+COMMANDS = ("generate", "chat", "serve", "bench", "data", "train", "eval", "card", "doctor")
 """Modules of this package, in the order of ``--help``."""
 
 INTERRUPTED = 130

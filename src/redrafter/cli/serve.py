@@ -88,6 +88,7 @@ def serve(
             raise InvalidRequest(f"--{name} {value!r} is unknown: use one of {', '.join(known)}")
     _check_installed()
     from redrafter.server.logs import to_stderr
+    from redrafter.server.run import bind
     from redrafter.server.run import serve as run
     from redrafter.server.settings import ServeSettings
 
@@ -103,6 +104,7 @@ def serve(
         vllm_names=metrics_names == "vllm",
         drain=drain,
     )
+    listener = bind(settings)  # before the model is loaded: a taken port is told at once
     config = opt.decode_config(beam_width, branching, draft_length, tree_size)
     llm = opt.load_llm(
         model,
@@ -126,7 +128,9 @@ def serve(
             )
 
     tls = {"ssl_certfile": tls_certificate, "ssl_keyfile": tls_key}
-    stopped_by = run(llm, settings, tell, **{name: str(path) for name, path in tls.items() if path is not None})
+    stopped_by = run(
+        llm, settings, listener, tell, **{name: str(path) for name, path in tls.items() if path is not None}
+    )
     return 130 if stopped_by == SIGINT else 0
 
 

@@ -25,6 +25,10 @@ HEADER_TIMEOUT = 20.0
 """seconds from a connection's beginning to its first request's last header"""
 
 
+BACKLOG = 1024
+"""connections that the system holds until they are accepted"""
+
+
 class Protocol(H11Protocol):
     """uvicorn's HTTP/1.1 with errors in our shape, and no patience for headers that never end."""
 
@@ -104,8 +108,8 @@ def make_server(llm: LLM, settings: ServeSettings, **options: Any) -> Server:
     return Server(config, service)
 
 
-def listen(settings: ServeSettings) -> socket.socket:
-    """A listening socket. InvalidRequest: the address cannot be had."""
+def bind(settings: ServeSettings) -> socket.socket:
+    """A socket of the address that does not listen yet. InvalidRequest: the address cannot be had."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -117,13 +121,14 @@ def listen(settings: ServeSettings) -> socket.socket:
         raise InvalidRequest(
             f"port {settings.port} of {settings.host} cannot be used: {reason}; pick another with --port"
         ) from error
-    listener.listen(1024)
     return listener
 
 
-def serve(llm: LLM, settings: ServeSettings, tell: Callable[[str], None], **options: Any) -> int | None:
-    """Serve until a signal; returns its number. ``tell`` hears the address once it can be used."""
-    listener = listen(settings)
+def serve(
+    llm: LLM, settings: ServeSettings, listener: socket.socket, tell: Callable[[str], None], **options: Any
+) -> int | None:
+    """Serve at a bound socket until a signal; returns its number. ``tell`` hears the address once it can be used."""
+    listener.listen(BACKLOG)
     server = make_server(llm, settings, **options)
     port = listener.getsockname()[1]
     host = f"[{settings.host.strip('[]')}]" if ":" in settings.host else settings.host
