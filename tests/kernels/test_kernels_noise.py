@@ -15,21 +15,24 @@ KEYS = [eager.key_of(3), eager.key_of(2**63 + 11, 5), (-(2**31), 2**31 - 1)]
 
 
 def inputs(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    position = torch.tensor([[0, 1, 2], [4095, 4096, 131071], [2**31 - 1, 7, 8]])
-    return torch.tensor(KEYS).to(device), position.to(device)
+    return torch.tensor(KEYS, device=device), torch.tensor([0, 4095, 2**31 - 2], device=device)
+
+
+def positions(lengths: torch.Tensor) -> torch.Tensor:
+    return lengths[:, None] + 1 + torch.arange(3, device=lengths.device)
 
 
 @pytest.mark.parametrize("vocabulary", [1, 1024, 2500])
 def test_bits_are_the_algorithms(vocabulary: int, device: torch.device) -> None:
-    key, position = inputs(device)
-    expected = eager.random_bits(OPS, key, position, torch.arange(vocabulary, device=device))
-    assert torch.equal(random_bits(key, position, vocabulary), expected)
+    key, lengths = inputs(device)
+    expected = eager.random_bits(OPS, key, positions(lengths), torch.arange(vocabulary, device=device))
+    assert torch.equal(random_bits(key, lengths, 3, vocabulary), expected)
 
 
 def test_noise_is_the_algorithms_to_rounding(device: torch.device) -> None:
-    key, position = inputs(device)
-    expected = eager.gumbel(OPS, key, position, torch.arange(15_000, device=device))
-    got = gumbel(key, position, 15_000)
+    key, lengths = inputs(device)
+    expected = eager.gumbel(OPS, key, positions(lengths), torch.arange(15_000, device=device))
+    got = gumbel(key, lengths, 3, 15_000)
     torch.testing.assert_close(got, expected, rtol=2e-6, atol=2e-6)
     assert expected.max() > 10  # the tail that decides draws was looked at
 

@@ -15,7 +15,7 @@ from redrafter.params import DecodeConfig
 from tests.kernels.twins import OPS, random
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be tested")
-from redrafter.backends.torch.kernels.accept import Sampled, accept, choose
+from redrafter.backends.torch.kernels.accept import Sampled, accept, choose_tiles
 from redrafter.backends.torch.kernels.beam import levels
 from redrafter.backends.torch.kernels.pack import pack
 
@@ -134,6 +134,11 @@ def test_accept_of_the_root_alone(device: torch.device) -> None:
     assert all(torch.equal(left, right) for left, right in zip(got[:5], expected[:5], strict=True))
 
 
+def choose(logits: Tensor, depth: Tensor, sampled: Sampled | None = None) -> Tensor:
+    """[B, N] tokens: the index in the largest key."""
+    return 0x7FFFFFFF - (choose_tiles(logits, depth, sampled).amax(2) & 0x7FFFFFFF)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocabulary", [5, 1024, 2500])
 def test_choose_is_the_algorithms(vocabulary: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -142,30 +147,48 @@ def test_choose_is_the_algorithms(vocabulary: int, dtype: torch.dtype, device: t
     logits = random(3, 9, vocabulary, seed=vocabulary, scale=2).to(device, dtype)
     noise = random(3, 4, vocabulary, seed=3).to(device)
     greedy = eager.choose(OPS, logits.float(), tree, Sampling(), None)
-    assert all(torch.equal(a, b) for a, b in zip(choose(logits, tree.depth), greedy, strict=True))
+    assert torch.equal(choose(logits, tree.depth), greedy.token)
     inverse = torch.tensor([1.7, 0.0, 0.6], device=device)
     mixed = eager.choose(OPS, logits.float(), tree, Sampling(inverse_temperature=inverse), noise)
     got = choose(logits, tree.depth, Sampled(noise, inverse))
-    assert all(torch.equal(a, b) for a, b in zip(got, mixed, strict=True))
-    assert torch.equal(got.token[1], greedy.token[1]) and not torch.equal(got.token[0], greedy.token[0])
+    assert torch.equal(got, mixed.token)
+    assert torch.equal(got[1], greedy.token[1]) and not torch.equal(got[0], greedy.token[0])
 
 
-def test_choose_takes_the_lowest_index_and_says_what_is_not_finite(device: torch.device) -> None:
-    logits = random(1, 6, 2500, seed=5).round().to(device)
-    logits[0, 1, 2400] = torch.nan
-    logits[0, 2, 3] = torch.inf
-    logits[0, 3] = -torch.inf
-    logits[0, 4, 9:] = -torch.inf
-    logits[0, 5] = -3.2e38
-    depth = torch.zeros(1, 6, dtype=torch.int64, device=device)
-    got = choose(logits, depth)
-    assert torch.equal(
-        got.token[0],
-        torch.stack(
-            [
-                (row == row.max()).nonzero()[0, 0] if not row.isnan().any() else row.isnan().nonzero()[0, 0]
-                for row in logits[0]
-            ]
-        ),
-    )
-    assert got.finite[0].tolist() == [True, False, False, False, True, False]
+def not_finite(device: torch.device) -> Tensor:
+    """[6, 1, V] logits, of which rows 0 and 4 are fit to choose."""
+    logits = random(6, 1, 2500, seed=5).round().to(device)
+    logits[1, 0, 2400] = torch.nan
+    logits[2, 0, 3] = torch.inf
+    logits[3] = -torch.inf
+    logits[4, 0, 9:] = -torch.inf
+    logits[5] = -3.2e38
+    return logits
+
+
+def test_choose_takes_the_lowest_index_and_nan_first(device: torch.device) -> None:
+    logits = not_finite(device)
+    got = choose(logits, torch.zeros(6, 1, dtype=torch.int64, device=device))
+    best = logits.amax(2, keepdim=True)
+    first = torch.where(best.isnan(), logits.isnan(), logits == best).float().argmax(2)
+    assert torch.equal(got, first)
+
+
+def test_accept_says_what_is_not_finite(device: torch.device) -> None:
+    zero = torch.zeros(6, 1, dtype=torch.int64, device=device)
+    one = torch.ones(6, 1, 1, dtype=torch.bool, device=device)
+    got = accept(TokenTree(zero, zero, zero, one, one[:, 0]), choose_tiles(not_finite(device), zero), 1)
+    assert got.finite.tolist() == [True, False, False, False, True, False]
+
+
+def test_accept_of_keys_is_accept_of_the_choice(device: torch.device) -> None:
+    shape = DecodeConfig(beam_width=8, branching=4, draft_length=5, tree_size=64)
+    tree = random_tree(3, shape, seed=6)
+    logits = random(3, 64, 2100, seed=1)
+    agreed = agreeing_choice(tree, 2, 0.7)
+    logits.scatter_(2, agreed[:, :, None], 9.0)
+    tree, logits = to(device, tree), logits.to(device)
+    expected = eager.choose_accept(OPS, logits, tree, Sampling(), None, 6)
+    got = accept(tree, choose_tiles(logits, tree.depth), 6)
+    assert all(torch.equal(left, right) for left, right in zip(got[:5], expected[:5], strict=True))
+    assert int(got.length.max()) >= 2

@@ -1,7 +1,7 @@
 """The target's choice at every node and the longest path it agrees with. The eager twins are in ``algorithm/accept``.
 
-``choose`` reads the logits once: tiles of the vocabulary leave their largest key, a second kernel takes the largest of
-those. ``accept`` is one program per row. B rows, N nodes, V vocabulary, D = L + 1 depths.
+``choose_tiles`` reads the logits once: every tile of the vocabulary leaves its largest key. ``accept``, one program per
+row, takes the largest of those and walks the tree. B rows, N nodes, V vocabulary, T tiles, D = L + 1 depths.
 """
 
 from typing import NamedTuple
@@ -56,28 +56,16 @@ def _choose_tiles(
     tl.store(keys + row * tl.num_programs(1) + tile, tl.max(key, axis=0))
 
 
-@triton.jit
-def _choose_row(keys, token, finite, tiles, TILES_P: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    tile = tl.arange(0, TILES_P)
-    best = tl.max(tl.load(keys + row * tiles + tile, mask=tile < tiles, other=NO_KEY), axis=0)
-    value = key_value(best)
-    tl.store(token + row, key_index(best))
-    tl.store(finite + row, ((value > -_LARGEST) & (value < _LARGEST)).to(tl.int8))
-
-
-def choose(logits_BNV: Tensor, depth_BN: Tensor, sampled: Sampled | None = None) -> Choice:
-    """``algorithm.accept.choose`` where temperature is the only setting; float32, bfloat16 or float16 logits."""
+def choose_tiles(logits_BNV: Tensor, depth_BN: Tensor, sampled: Sampled | None = None) -> Tensor:
+    """[B, N, T] keys (``topk.order_key``): the largest score of every tile. The largest of a node's keys is its choice
+    (``algorithm.accept.choose`` where temperature is the only setting); float32, bfloat16 or float16 logits."""
     rows, nodes, vocabulary = logits_BNV.shape
     logits_RV = logits_BNV.reshape(rows * nodes, vocabulary)
     assert logits_RV.stride(1) == 1 and depth_BN.is_contiguous()
-    device = logits_BNV.device
     block = tile_size(vocabulary)
     tiles = triton.cdiv(vocabulary, block)
-    keys = torch.empty(rows * nodes, tiles, dtype=torch.int64, device=device)
-    token = torch.empty(rows, nodes, dtype=torch.int64, device=device)
-    finite = torch.empty(rows, nodes, dtype=torch.bool, device=device)
-    noise, inverse = (keys[:, None], keys) if sampled is None else sampled
+    keys = torch.empty(rows, nodes, tiles, dtype=torch.int64, device=logits_BNV.device)
+    noise, inverse = (keys, keys) if sampled is None else sampled
     assert noise.stride(-1) == 1
     _choose_tiles[(rows * nodes, tiles)](
         logits_RV,
@@ -95,10 +83,7 @@ def choose(logits_BNV: Tensor, depth_BN: Tensor, sampled: Sampled | None = None)
         num_warps=block // 512,
         enable_fp_fusion=False,  # z * inverse + gumbel rounds twice, as in the algorithm
     )
-    _choose_row[(rows * nodes,)](
-        keys, token, finite.view(torch.int8), tiles, TILES_P=triton.next_power_of_2(tiles), num_warps=1
-    )
-    return Choice(token, finite)
+    return keys
 
 
 @triton.jit
@@ -110,6 +95,8 @@ def _accept(
     live,
     choice,
     choice_finite,
+    keys,
+    tiles,
     path,
     length,
     bonus,
@@ -119,11 +106,22 @@ def _accept(
     DEPTHS: tl.constexpr,
     NODES_P: tl.constexpr,
     DEPTHS_P: tl.constexpr,
+    TILES_P: tl.constexpr,
+    FROM_KEYS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     start = row * NODES
     node = tl.arange(0, NODES_P)
     is_node = node < NODES
+    if FROM_KEYS:
+        tile = tl.arange(0, TILES_P)[None, :]
+        here = is_node[:, None] & (tile < tiles)
+        best = tl.max(tl.load(keys + (start + node[:, None]) * tiles + tile, mask=here, other=NO_KEY), axis=1)
+        value = key_value(best)
+        is_finite = (value > -_LARGEST) & (value < _LARGEST)
+        tl.store(choice + start + node, key_index(best), mask=is_node)
+        tl.store(choice_finite + start + node, is_finite.to(tl.int8), mask=is_node)
+        tl.debug_barrier()  # a node reads its parent's choice, which another thread wrote
     node_depth = tl.load(depth + start + node, mask=is_node, other=-1)
     above = tl.load(parent + start + node, mask=is_node, other=0)
     wanted = tl.load(choice + start + above, mask=is_node, other=-1)
@@ -154,9 +152,13 @@ def _accept(
     tl.store(finite + row, (tl.sum((good == 0).to(tl.int32), axis=0) == 0).to(tl.int8))
 
 
-def accept(tree: TokenTree, choice: Choice, depths: int) -> Accepted:
-    """``algorithm.accept.accept``; up to 128 nodes."""
+def accept(tree: TokenTree, choice: Choice | Tensor, depths: int) -> Accepted:
+    """``algorithm.accept.accept`` of a choice or of the keys of ``choose_tiles``; up to 128 nodes."""
     rows, nodes = tree.tokens.shape
+    keys, tiles = None, 1
+    if isinstance(choice, Tensor):
+        keys, tiles = choice, choice.shape[2]
+        choice = Choice(torch.empty_like(tree.tokens), torch.empty_like(tree.live))
     assert all(x.is_contiguous() for x in (*tree[:5], *choice))
     device = tree.tokens.device
     path, emitted = (torch.empty(rows, depths, dtype=torch.int64, device=device) for _ in range(2))
@@ -170,6 +172,8 @@ def accept(tree: TokenTree, choice: Choice, depths: int) -> Accepted:
         tree.live.view(torch.int8),
         choice.token,
         choice.finite.view(torch.int8),
+        choice.token if keys is None else keys,
+        tiles,
         path,
         length,
         bonus,
@@ -179,6 +183,8 @@ def accept(tree: TokenTree, choice: Choice, depths: int) -> Accepted:
         DEPTHS=depths,
         NODES_P=triton.next_power_of_2(nodes),
         DEPTHS_P=triton.next_power_of_2(depths),
+        TILES_P=triton.next_power_of_2(tiles),
+        FROM_KEYS=keys is not None,
         num_warps=4 if nodes <= 64 else 8,
     )
     return Accepted(path, length, bonus, emitted, finite)

@@ -58,7 +58,7 @@ def new_pool(rows: int, slots: int, device: torch.device) -> Pool:
     return Pool(tokens, parent, depth, torch.empty(rows, slots, dtype=torch.float32, device=device))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offset", "depth"])  # one binary for all depths of one geometry
 def _beam_level(
     keys,
     log_sum_exp,
@@ -85,6 +85,7 @@ def _beam_level(
     TILES_P: tl.constexpr,
     CANDIDATES_P: tl.constexpr,
     REDUCED: tl.constexpr,
+    ROOT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     beam = tl.arange(0, BEAMS_P)[:, None]
@@ -108,7 +109,11 @@ def _beam_level(
         key = tl.where(key == top, NO_KEY, key)
 
     exists = is_beam & (child < CHILDREN)
-    above = tl.load(parent_score + source, mask=is_beam, other=0.0)
+    above = tl.zeros([BEAMS_P, 1], tl.float32)
+    slot_above = tl.full([BEAMS_P, CHILDREN_P], -1, tl.int64)
+    if not ROOT:
+        above += tl.load(parent_score + source, mask=is_beam, other=0.0)
+        slot_above += tl.load(parent_slot + source, mask=is_beam, other=0) + 1
     score = key_value(best) - log_total + above
     # Neither rounding nor NaN may lift a child over its parent (algorithm/beam.py).
     score = tl.where(score <= above, score, above)
@@ -117,7 +122,6 @@ def _beam_level(
         token = tl.load(token_ids + token, mask=exists, other=0)
     place = beam * CHILDREN + child
     at = row * pool + offset + place
-    slot_above = tl.load(parent_slot + source, mask=is_beam, other=0) + tl.zeros([BEAMS_P, CHILDREN_P], tl.int64)
     tl.store(pool_token + at, token, mask=exists)
     tl.store(pool_parent + at, slot_above, mask=exists)
     tl.store(pool_depth + at, tl.zeros([BEAMS_P, CHILDREN_P], tl.int64) + depth, mask=exists)
@@ -135,28 +139,21 @@ def _beam_level(
     tl.store(out_score + to, score, mask=wins)
 
 
-def root_beam(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Slot and score [B, 1] of the one beam before the first level."""
-    slot = torch.full((rows, 1), -1, dtype=torch.int64, device=device)
-    return slot, torch.zeros(rows, 1, dtype=torch.float32, device=device)
-
-
 def beam_level(
-    tops: TileTops, level: Level, pool: Pool, before: tuple[Tensor, Tensor], token_ids: Tensor | None = None
+    tops: TileTops, level: Level, pool: Pool, before: Winners | None, token_ids: Tensor | None = None
 ) -> Winners:
-    """Fill ``pool`` at ``level`` and pick the beams that go on. ``before``: slot and score [B, W] of this level's."""
-    slot_BW, score_BW = before
+    """Fill ``pool`` at ``level`` and pick the beams that go on. ``before``: this level's beams, None at the root."""
     rows = pool.score.shape[0]
     tiles = tops.keys.shape[1]
     device = pool.score.device
     beam, token, slot = (torch.empty(rows, level.width, dtype=torch.int64, device=device) for _ in range(3))
     out = Winners(beam, token, slot, torch.empty(rows, level.width, dtype=torch.float32, device=device))
+    beams_p, candidates_p = (triton.next_power_of_2(n) for n in (level.beams, tiles * level.children))
     _beam_level[(rows,)](
         tops.keys,
         tops.log_sum_exp,
         tops.keys if token_ids is None else token_ids,
-        slot_BW,
-        score_BW,
+        *((pool.parent, pool.score) if before is None else (before.slot, before.score)),
         *pool,
         *out,
         pool.score.shape[1],
@@ -166,11 +163,12 @@ def beam_level(
         BEAMS=level.beams,
         CHILDREN=level.children,
         WIDTH=level.width,
-        BEAMS_P=triton.next_power_of_2(level.beams),
+        BEAMS_P=beams_p,
         CHILDREN_P=triton.next_power_of_2(level.children),
         TILES_P=triton.next_power_of_2(tiles),
-        CANDIDATES_P=triton.next_power_of_2(tiles * level.children),
+        CANDIDATES_P=candidates_p,
         REDUCED=token_ids is not None,
-        num_warps=8,
+        ROOT=before is None,
+        num_warps=8 if beams_p * candidates_p < 8192 else 16,  # so that the keys stay in registers
     )
     return out

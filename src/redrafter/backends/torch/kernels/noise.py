@@ -40,12 +40,12 @@ def gumbel_of_bits(bits):
 
 
 @triton.jit
-def _noise(key, position, out, vocabulary, positions, BLOCK: tl.constexpr, BITS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)  # over B x P
-    batch_row = row // positions
+def _noise(key, lengths, out, vocabulary, depths, BLOCK: tl.constexpr, BITS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)  # over B x D
+    batch_row = row // depths
     low = tl.load(key + 2 * batch_row).to(tl.int32)
     high = tl.load(key + 2 * batch_row + 1).to(tl.int32)
-    place = tl.load(position + row).to(tl.int32)
+    place = (tl.load(lengths + batch_row) + 1 + row % depths).to(tl.int32)
     token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     # 1-element blocks, so that products wrap everywhere.
     a = _mix(_mix(tl.full([1], 0, tl.int32) + place + low) ^ high)
@@ -55,30 +55,31 @@ def _noise(key, position, out, vocabulary, positions, BLOCK: tl.constexpr, BITS:
     tl.store(out + row * vocabulary + token, value, mask=token < vocabulary)
 
 
-def _launch(key_B2: Tensor, position_BP: Tensor, vocabulary: int, dtype: torch.dtype) -> Tensor:
-    rows, positions = position_BP.shape
-    assert key_B2.is_contiguous()
-    position_BP = position_BP.contiguous()
-    out = torch.empty(rows, positions, vocabulary, dtype=dtype, device=position_BP.device)
-    _noise[(rows * positions, triton.cdiv(vocabulary, _BLOCK))](
+def _launch(key_B2: Tensor, lengths_B: Tensor, depths: int, out_BDV: Tensor) -> Tensor:
+    rows, vocabulary = len(lengths_B), out_BDV.shape[-1]
+    assert key_B2.is_contiguous() and lengths_B.is_contiguous()
+    _noise[(rows * depths, triton.cdiv(vocabulary, _BLOCK))](
         key_B2,
-        position_BP,
-        out,
+        lengths_B,
+        out_BDV,
         vocabulary,
-        positions,
+        depths,
         BLOCK=_BLOCK,
-        BITS=dtype == torch.int32,
+        BITS=out_BDV.dtype == torch.int32,
         num_warps=4,
         enable_fp_fusion=False,
     )
-    return out
+    return out_BDV
 
 
-def random_bits(key_B2: Tensor, position_BP: Tensor, vocabulary: int) -> Tensor:
-    """int32 [B, P, V]; ``algorithm.noise.random_bits`` of tokens 0 to V - 1."""
-    return _launch(key_B2, position_BP, vocabulary, torch.int32)
+def random_bits(key_B2: Tensor, lengths_B: Tensor, depths: int, vocabulary: int) -> Tensor:
+    """int32 [B, D, V]: ``algorithm.noise.random_bits`` of the positions that ``gumbel`` looks at."""
+    out = torch.empty(len(lengths_B), depths, vocabulary, dtype=torch.int32, device=lengths_B.device)
+    return _launch(key_B2, lengths_B, depths, out)
 
 
-def gumbel(key_B2: Tensor, position_BP: Tensor, vocabulary: int) -> Tensor:
-    """float32 [B, P, V]; ``algorithm.noise.gumbel`` of tokens 0 to V - 1."""
-    return _launch(key_B2, position_BP, vocabulary, torch.float32)
+def gumbel(key_B2: Tensor, lengths_B: Tensor, depths: int, vocabulary: int) -> Tensor:
+    """float32 [B, D, V]: ``algorithm.noise.gumbel`` of the positions that a step behind ``lengths_B`` tokens chooses,
+    lengths + 1 to lengths + D, and of tokens 0 to V - 1."""
+    out = torch.empty(len(lengths_B), depths, vocabulary, dtype=torch.float32, device=lengths_B.device)
+    return _launch(key_B2, lengths_B, depths, out)

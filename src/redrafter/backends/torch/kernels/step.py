@@ -13,8 +13,8 @@ from redrafter.algorithm.accept import choose as eager_choose
 from redrafter.algorithm.beam import DraftBeams, Drafter, Reading
 from redrafter.algorithm.sampling import Sampling
 from redrafter.algorithm.tree import TokenTree
-from redrafter.backends.torch.kernels.accept import Sampled, accept, choose
-from redrafter.backends.torch.kernels.beam import beam_level, levels, new_pool, root_beam
+from redrafter.backends.torch.kernels.accept import Sampled, accept, choose_tiles
+from redrafter.backends.torch.kernels.beam import beam_level, levels, new_pool
 from redrafter.backends.torch.kernels.noise import gumbel
 from redrafter.backends.torch.kernels.pack import MAX_NODES, MAX_POOL, PackedTree, pack
 from redrafter.backends.torch.kernels.topk import Coupling, tile_tops
@@ -54,16 +54,16 @@ def fast_draft(
     last = geometry[-1]
     rows, device = root_B.shape[0], root_B.device
     pool = new_pool(rows, last.offset + last.beams * last.children, device)
-    before = root_beam(rows, device)
+    winners = None
     for level in geometry:
         coupling = None if noise is None else Coupling(noise[0][:, level.depth - 1], noise[1])
         tops = tile_tops(logits_BWV, level.children, drafter.token_ids, coupling)
-        winners = beam_level(tops, level, pool, before, drafter.token_ids)
-        before = winners.slot, winners.score
+        winners = beam_level(tops, level, pool, winners, drafter.token_ids)
         if level is not last:
             state = drafter.extend(state, winners.beam, winners.token)
             logits_BWV = drafter.logits(state)
-    return DraftBeams(*pool, before[0], shape.draft_length)
+    assert winners is not None
+    return DraftBeams(*pool, winners.slot, shape.draft_length)
 
 
 def fast_pack(beams: DraftBeams, root_B: Tensor, tree_size: int) -> PackedTree:
@@ -76,8 +76,7 @@ def fast_noise(sampling: Sampling, lengths_B: Tensor, depths: int, vocabulary: i
     decoding must take their noise from the same function: the last bit can decide a near-tie."""
     if sampling.inverse_temperature is None:
         return None
-    position_BD = lengths_B[:, None] + 1 + TorchOps().arange(depths, like=lengths_B)[None, :]
-    return gumbel(sampling.key, position_BD, vocabulary), sampling.inverse_temperature
+    return gumbel(sampling.key, lengths_B, depths, vocabulary), sampling.inverse_temperature
 
 
 def fast_choose_accept(
@@ -85,12 +84,10 @@ def fast_choose_accept(
 ) -> Accepted:
     """``algorithm.accept.choose_accept``. Settings that ``covers_sampling`` excludes choose by the algorithm's text,
     and a tree of more than MAX_NODES nodes is accepted by it."""
-    if covers_sampling(sampling):
-        inverse = sampling.inverse_temperature
-        sampled = None if noise_BPV is None or inverse is None else Sampled(noise_BPV, inverse)
-        choice = choose(logits_BNV, tree.depth, sampled)
-    else:
+    covered = tree.tokens.shape[1] <= MAX_NODES
+    if not (covered and covers_sampling(sampling)):
         choice = eager_choose(TorchOps(), logits_BNV.float(), tree, sampling, noise_BPV)
-    if tree.tokens.shape[1] > MAX_NODES:
-        return eager_accept(TorchOps(), tree, choice, depths)
-    return accept(tree, choice, depths)
+        return accept(tree, choice, depths) if covered else eager_accept(TorchOps(), tree, choice, depths)
+    inverse = sampling.inverse_temperature
+    sampled = None if noise_BPV is None or inverse is None else Sampled(noise_BPV, inverse)
+    return accept(tree, choose_tiles(logits_BNV, tree.depth, sampled), depths)
