@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -29,32 +27,15 @@ from redrafter.train.samples import Samples
 from redrafter.train.settings import default_layers, drafter_bytes, drafter_config, make_settings
 from redrafter.train.target import OpenModel
 from tests.model_folders import flip_bit
+from tests.train.crashes import SMALL, command, environment, final, kill_at_random, kill_runs
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = {
-    "steps": 12,
-    "draft_length": 3,
-    "batch_tokens": 700,
-    "chunk": 128,
-    "draft_vocabulary": 40,
-    "warmup_steps": 4,
-    "lr": 5e-3,
-    "ema": 0.9,
-    "eval_every": 6,
-    "eval_texts": 6,
-    "batches_per_step": 2,
-    "anchors": 0.7,
-}
 QUIET = Conduct(save_every=2, log_every=5, quiet=True)
 
 
 def make_run(model: Path, data: Path, out: Path, conduct: Conduct = QUIET, **changes: Any) -> Run:
     opened = OpenModel(str(model), "cpu", "float32")
     return Run(opened, Samples([data]), out, make_settings(SMALL | changes), conduct)
-
-
-def final(out: Path) -> str:
-    return sha256(max((out / "checkpoints").glob("step-*")) / "tensors.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -122,32 +103,6 @@ def test_a_damaged_checkpoint_is_skipped_aloud(
     assert final(tmp_path / "run") == final(whole)
 
 
-def command(model: Path, data: Path, out: Path) -> list[str]:
-    sets = [x for key, value in SMALL.items() for x in ("--set", f"{key}={value}")]
-    where = ["--model", str(model), "--data", str(data), "--out", str(out), "--device", "cpu", "--save-every", "2"]
-    return [sys.executable, "-m", "redrafter.cli", "train", *where, *sets]
-
-
-def environment(**extra: str) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"} | extra
-
-
-def kill_at_random(arguments: list[str], rng: random.Random, kills: int) -> int:
-    """Start the command and kill it ``kills`` times at random moments after its first step; -> kills that struck."""
-    struck = 0
-    out = Path(arguments[arguments.index("--out") + 1])
-    for _ in range(kills):
-        child = subprocess.Popen(arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        before, limit = set((out / "checkpoints").glob("*")), time.monotonic() + 60
-        while child.poll() is None and set((out / "checkpoints").glob("*")) == before and time.monotonic() < limit:
-            time.sleep(0.002)
-        time.sleep(rng.random() * 0.1)
-        struck += child.poll() is None
-        child.kill()
-        child.wait()
-    return struck
-
-
 def test_random_kills_change_nothing(model_folder: Path, data: Path, whole: Path, tmp_path: Path) -> None:
     arguments = command(model_folder, data, tmp_path / "run")
     assert kill_at_random(arguments, random.Random(1), 3) >= 1
@@ -157,19 +112,9 @@ def test_random_kills_change_nothing(model_folder: Path, data: Path, whole: Path
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_two_hundred_kills(model_folder: Path, data: Path, whole: Path, tmp_path: Path) -> None:
-    """Writes its count to the file that KILLS_JSON names, if it is set."""
-    rng, struck, runs = random.Random(2), 0, 0
-    while struck < 200:
-        arguments = command(model_folder, data, tmp_path / f"run-{runs}")
-        struck += kill_at_random(arguments, rng, 4)
-        assert subprocess.run(arguments, env=environment(), capture_output=True, timeout=120).returncode == 0
-        assert final(tmp_path / f"run-{runs}") == final(whole)
-        runs += 1
-    result = {"kills": struck, "runs": runs, "unusable_checkpoints": 0, "runs_that_differ": 0}
-    if "KILLS_JSON" in os.environ:
-        Path(os.environ["KILLS_JSON"]).write_text(json.dumps(result, indent=2) + "\n")
-    assert struck >= 200
+def test_two_hundred_kills(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    found = kill_runs(model_folder, data, tmp_path, 200)
+    assert found["kills"] == found["kills_survived"] == 200
 
 
 def test_a_signal_saves_and_exits_with_130(model_folder: Path, data: Path, tmp_path: Path) -> None:
@@ -214,6 +159,8 @@ VARIANTS = {
     "rnn, own reduced head": {"cell": "rnn", "head": "own"},
     "medusa": {"cell": "medusa", "features": "last"},
     "sum": {"cell": "sum"},
+    "narrow": {"width": 24},
+    "narrow, last": {"width": 40, "features": "last", "head": "own"},
     "whole vocabulary": {"draft_vocabulary": 0, "loss": "kl"},
     "tv": {"loss": "tv"},
     "ce": {"loss": "ce"},
