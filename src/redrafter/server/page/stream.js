@@ -39,7 +39,7 @@ async function ask(path, key, options = {}) {
   if (key !== "") headers.Authorization = `Bearer ${key}`;
   let response;
   try {
-    response = await fetch(path, { ...options, headers, credentials: "omit", cache: "no-store" });
+    response = await fetch(path, { ...options, headers, credentials: "same-origin", cache: "no-store" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ServerError("The server does not answer: is it still running?", 0);
