@@ -71,7 +71,7 @@ def test_going_on_is_bit_exact(
     """Killed in mid-step ``cut``, between its two batches: what came after the last checkpoint is done again."""
     from redrafter.train.trainer import Distiller
 
-    real, calls = Distiller.step, 0
+    real, calls = Distiller.forward, 0
 
     def dying(self: Distiller, batch: Any) -> Any:
         nonlocal calls
@@ -80,7 +80,7 @@ def test_going_on_is_bit_exact(
             raise ZeroDivisionError
         return real(self, batch)
 
-    monkeypatch.setattr(Distiller, "step", dying)
+    monkeypatch.setattr(Distiller, "forward", dying)
     with pytest.raises(ZeroDivisionError):
         make_run(model_folder, data, tmp_path / "run").fit()
     assert calls == 2 * cut

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from redrafter.backends.torch.drafter import Drafter, DrafterConfig
 from redrafter.train.checkpoint import names_with
@@ -27,7 +29,16 @@ class Group:
         self.rank = int(os.environ.get("RANK", "0"))
         self.device = device
         if self.world > 1:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Its gradients, after a backward pass, are the mean over all processes."""
+        if self.world == 1:
+            return module
+        # What a drafter may propose is the same everywhere from the start: nothing to broadcast at every step.
+        return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def sum(self, tensors: list[Tensor]) -> None:
         """In place, over all processes."""
@@ -75,21 +86,26 @@ class Learner:
             fused=target.device.type == "cuda",
         )
         self.distiller = Distiller(target, self.drafter, loss, settings.survival_floor)
+        self.parallel = group.wrap(self.distiller)
 
     def update(self, batches: list[Batch], step: int, fraction: float) -> StepReport:
         """One step on this process's share of the batches; the gradient is the mean over all of them."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings, fraction, step)
-        reports = [self.distiller.step(batch) for batch in batches]
+        reports: list[StepReport] = []
+        for batch in batches:
+            with self._alone() if len(reports) + 1 < len(batches) else nullcontext():
+                report: StepReport = self.parallel(batch)
+                report.loss.backward()
+            reports.append(report._replace(loss=report.loss.detach(), hit_K=report.hit_K.float()))
         sums = [torch.stack(x).sum(0) for x in zip(*reports, strict=True)]
-        sums[2] = sums[2].to(sums[1].dtype)
-        gradients = [w.grad if w.grad is not None else w.new_zeros(w.shape) for w in self.weights]
-        self.group.sum([*gradients, *sums])
-        count = len(batches) * self.group.world
-        for tensor in (*gradients, *sums):
-            tensor.div_(count)
-        for weight, gradient in zip(self.weights, gradients, strict=True):
-            weight.grad = gradient
+        self.group.sum(sums)
+        for total in sums:
+            total.div_(len(batches) * self.group.world)
+        for weight in self.weights:
+            if weight.grad is None:  # no text of the batch was long enough for any of its anchors
+                weight.grad = torch.zeros_like(weight)
+            weight.grad.div_(len(batches))
         torch.nn.utils.clip_grad_norm_(self.weights, self.settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -99,6 +115,10 @@ class Learner:
         decay = min(self.settings.ema, (2 + step) / (11 + step))
         torch._foreach_lerp_(self.average, [w.detach() for w in self.weights], 1 - decay)
         return report
+
+    def _alone(self) -> Any:
+        """Gradients are added up here; the last batch of a step averages them over the processes."""
+        return self.parallel.no_sync() if isinstance(self.parallel, DistributedDataParallel) else nullcontext()
 
     def averaged(self) -> Drafter:
         """A copy with the averaged weights, in bfloat16: what is measured and shipped."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from redrafter.backends.torch.drafter import Drafter
 from redrafter.train.losses import HeadLoss, Teaching, survival_weights, teach
@@ -55,10 +55,14 @@ class StepReport(NamedTuple):
     """[K] share of anchors whose first choice was the target's"""
 
 
-class Distiller:
-    """Holds the frozen target's reordered head and the running acceptance that steers the loss."""
+class Distiller(nn.Module):
+    """Holds the frozen target's reordered head and the running acceptance that steers the loss.
+
+    A module whose only parameters are the drafter's, so that DistributedDataParallel can wrap the whole loss.
+    """
 
     def __init__(self, target: TrainingTarget, drafter: Drafter, loss: HeadLoss, survival_floor: float) -> None:
+        super().__init__()
         self.target, self.drafter, self.loss = target, drafter, loss
         self.survival_floor = survival_floor
         device = target.device
@@ -83,8 +87,8 @@ class Distiller:
         with self.autocast():
             self.loss.prepare(self.head.detach().to(self.target.embedding.dtype))
 
-    def step(self, batch: Batch) -> StepReport:
-        """Forward and backward; gradients are added to the drafter's. ``follow`` takes the report in afterwards."""
+    def forward(self, batch: Batch) -> StepReport:
+        """Of one batch; the loss still has its graph. ``follow`` takes a step's report in afterwards."""
         device = self.target.device
         tokens, taught, anchor, teacher, depths = (_move(x, device) for x in batch)
         features = self.target.features(tokens)
@@ -105,8 +109,7 @@ class Distiller:
                 total = total + loss
                 overlaps.append((overlap * exists).sum() / count)
                 hits.append((hit & exists).sum() / count)
-        total.backward()
-        return StepReport(total.detach(), torch.stack(overlaps).detach(), torch.stack(hits))
+        return StepReport(total, torch.stack(overlaps).detach(), torch.stack(hits))
 
     def teach(self, features: Tensor, flat: Tensor, taught: Tensor) -> Teaching:
         """The target's distribution at the taught positions; for the loss ``ce`` the text's own next token."""
