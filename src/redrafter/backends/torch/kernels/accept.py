@@ -185,6 +185,6 @@ def accept(tree: TokenTree, choice: Choice | Tensor, depths: int) -> Accepted:
         DEPTHS_P=triton.next_power_of_2(depths),
         TILES_P=triton.next_power_of_2(tiles),
         FROM_KEYS=keys is not None,
-        num_warps=4 if nodes <= 64 else 8,
+        num_warps=4 if nodes * tiles <= 1024 else 8,
     )
     return Accepted(path, length, bonus, emitted, finite)

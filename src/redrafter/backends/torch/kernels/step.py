@@ -76,6 +76,7 @@ def fast_noise(sampling: Sampling, lengths_B: Tensor, depths: int, vocabulary: i
     decoding must take their noise from the same function: the last bit can decide a near-tie."""
     if sampling.inverse_temperature is None:
         return None
+    assert sampling.key is not None
     return gumbel(sampling.key, lengths_B, depths, vocabulary), sampling.inverse_temperature
 
 

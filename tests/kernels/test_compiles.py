@@ -1,0 +1,94 @@
+"""The interpreter takes more than the compiler does: every kernel compiles for a GPU, which need not be there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be compiled")
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from redrafter.algorithm.sampling import Sampling
+from redrafter.algorithm.tree import TokenTree
+from redrafter.backends.torch.kernels import accept, beam, noise, pack, topk
+from redrafter.params import DecodeConfig
+
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+TYPES = {
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+}
+MODULES = {topk: "_tile_tops", beam: "_beam_level", pack: "_pack", accept: "_accept", noise: "_noise"}
+
+
+class Compiled:
+    """Stands in for a kernel: a launch compiles it for sm_90 with its types and constants, and runs nothing."""
+
+    def __init__(self, kernel: Any, done: list[str]) -> None:
+        self.kernel, self.done = kernel, done
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self.launch
+
+    def launch(self, *values: Any, **named: Any) -> None:
+        options = {name: named.pop(name) for name in OPTIONS if name in named}
+        names = self.kernel.arg_names
+        given = {**dict(zip(names, values, strict=False)), **named}
+        signature, constants = {}, {}
+        for place, name in enumerate(names):
+            value = given.pop(name)
+            if name in named:
+                signature[name], constants[(place,)] = "constexpr", value
+            else:
+                signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+        assert not given, f"{self.kernel.__name__} has no arguments {list(given)}"
+        source = ASTSource(self.kernel, signature, constants)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        assert len(compiled.asm["cubin"]) > 0
+        self.done.append(self.kernel.__name__)
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> list[str]:
+    """Names of the kernels compiled so far."""
+    names: list[str] = []
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for module, name in [*MODULES.items(), (accept, "_choose_tiles")]:
+        monkeypatch.setattr(module, name, Compiled(getattr(module, name), names))
+    return names
+
+
+def test_draft_and_pack_compile(done: list[str]) -> None:
+    shape = DecodeConfig(beam_width=8, branching=8, draft_length=2, tree_size=64)
+    ids, gumbel = torch.arange(5000), torch.zeros(2, 5000)
+    geometry = list(beam.levels(shape, 5000))
+    pool = beam.new_pool(2, 72, torch.device("cpu"))
+    winners = None
+    for level in geometry:
+        logits = torch.zeros(2, level.beams, 5000, dtype=torch.bfloat16)
+        coupling = topk.Coupling(gumbel, torch.ones(2)) if level.depth == 2 else None
+        tops = topk.tile_tops(logits, level.children, ids, coupling)
+        winners = beam.beam_level(tops, level, pool, winners, ids)
+    assert winners is not None
+    pack.pack(pack.DraftBeams(*pool, winners.slot, 2), torch.zeros(2, dtype=torch.int64), 64)
+    assert done == ["_tile_tops", "_beam_level"] * 2 + ["_pack"]
+
+
+def test_noise_choose_and_accept_compile(done: list[str]) -> None:
+    sampling = Sampling(inverse_temperature=torch.ones(2), key=torch.zeros(2, 2, dtype=torch.int64))
+    gumbel = noise.gumbel(sampling.key, torch.zeros(2, dtype=torch.int64), 9, 3000)
+    node, mask = torch.zeros(2, 64, dtype=torch.int64), torch.ones(2, 64, 64, dtype=torch.bool)
+    tree = TokenTree(node, node, node, mask, mask[:, 0].contiguous())
+    sampled = accept.Sampled(gumbel, sampling.inverse_temperature)
+    keys = accept.choose_tiles(torch.zeros(2, 64, 3000), node, sampled)
+    accept.accept(tree, keys, 9)
+    accept.accept(tree, accept.Choice(node, tree.live), 9)
+    assert done == ["_noise", "_choose_tiles", "_accept", "_accept"]
