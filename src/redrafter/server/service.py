@@ -7,7 +7,7 @@ import re
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -118,6 +118,8 @@ class Service:
                 text = prompt if isinstance(prompt, str) else str(prompt[0])
                 ids = await self._encode(lambda: self.llm.tokenizer.encode(text), name)
         self._check_length(request, len(ids), name)
+        self._check_ids(ids, name)
+        self._check_ids(request.logit_bias or (), "logit_bias")
         return ids
 
     async def _encode(self, encode: Callable[[], list[int]], name: str) -> list[int]:
@@ -135,12 +137,21 @@ class Service:
         limit = self.llm.engine.context_limit
         wanted = asked_tokens(request) or 1
         if tokens + wanted > limit:
+            field = name if tokens >= limit or asked_tokens(request) is None else "max_tokens"
             raise bad_request(
-                f"the prompt has {tokens} tokens, {wanted} more were asked for, and the context holds {limit}: "
+                f"{field}: the prompt has {tokens} tokens, {wanted} more were asked for, and the context holds {limit}: "
                 "shorten the prompt or ask for fewer",
-                name if tokens >= limit else ("max_tokens" if request.max_tokens else name),
+                field,
                 "context_length_exceeded",
             )
+
+    def _check_ids(self, ids: Iterable[int], name: str) -> None:
+        vocab = self.llm.engine.backend.target.vocab_size
+        for token in ids:
+            if not 0 <= token < vocab:
+                raise bad_request(
+                    f"{name}: token id {token} is not in the vocabulary: ids go from 0 to {vocab - 1}", name
+                )
 
     def _jobs(self, request: Common, prompt_ids: list[int], request_id: str, salt: str | None) -> list[Job]:
         most = self.llm.engine.context_limit - len(prompt_ids)

@@ -1,0 +1,245 @@
+"""What a server refuses, and in which words: always OpenAI's shape, always the field at fault, never a 5xx."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx2
+import pytest
+
+from redrafter.server.body import _depth
+from redrafter.server.schemas import UNSUPPORTED
+from tests.server.client import MESSAGES, chat, complete, error_of, post, raw
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": "why"}, "messages"),
+        ({"messages": None}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"content": "a"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
+        ({"messages": MESSAGES * 2049}, "messages"),
+        ({"n": 0}, "n"),
+        ({"n": -1}, "n"),
+        ({"n": 17}, "n"),
+        ({"n": 10**9}, "n"),
+        ({"n": 10**40}, "n"),
+        ({"n": True}, "n"),
+        ({"n": "2"}, "n"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_tokens": 300}, "max_tokens"),
+        ({"max_tokens": 2**31 - 1}, "max_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": 1.5}, "seed"),
+        ({"stop": ""}, "stop"),
+        ({"stop": 5}, "stop"),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": "a" * 257}, "stop"),
+        ({"stop": ["a", ""]}, "stop[1]"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {"280": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias[...]"),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": 2}, "logprobs"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"model": ""}, "model"),
+        ({"model": 3}, "model"),
+        ({"speculation": "no"}, "speculation"),
+    ],
+)
+def test_a_field_that_cannot_be_is_named(server_url: str, fields: dict[str, Any], param: str) -> None:
+    response = chat(server_url, **fields)
+    assert response.status_code == 400, response.text
+    error = error_of(response)
+    assert error["param"] == param and error["type"] == "invalid_request_error"
+    assert param.partition("[")[0] in error["message"] or param == "messages[0].content"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [1, 280]}, "prompt"),
+        ({"prompt": [-1]}, "prompt[0]"),
+        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": [1, "b"]}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": "a" * 300}, "prompt"),
+        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"echo": True}, "echo"),
+        ({"suffix": "x"}, "suffix"),
+        ({"best_of": 2}, "best_of"),
+    ],
+)
+def test_a_field_of_text_completions_that_cannot_be_is_named(server_url: str, fields: dict, param: str) -> None:
+    response = complete(server_url, **fields)
+    assert response.status_code == 400, response.text
+    assert error_of(response)["param"] == param
+
+
+@pytest.mark.parametrize("name", sorted(UNSUPPORTED))
+def test_a_known_field_that_is_not_supported_is_named(server_url: str, name: str) -> None:
+    response = chat(server_url, **{name: [{"something": "asked"}]})
+    assert response.status_code == 400
+    error = error_of(response)
+    assert (error["param"], error["code"]) == (name, "unsupported_parameter")
+    for nothing in (None, *UNSUPPORTED[name]):
+        assert chat(server_url, **{name: nothing}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"5",
+        b'"text"',
+        b"\xff\xfe{\x00}\x00",
+        b"\xef\xbb\xbf{}",
+        b'{"messages": [{"role": "user", "content": "\xed\xa0\x80"}]}',
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"messages": [{"role": "user", "content": "a\x00b"}]}',
+        b'{"messages": [{"role": "user", "content": "a"}], "temperature": NaN}',
+        b'{"messages": [{"role": "user", "content": "a"}], "temperature": Infinity}',
+        b'{"messages": [{"role": "user", "content": "a"}], "temperature": 1e400}',
+        b'{"messages": [{"role": "user", "content": "a"}],}',
+        b'{"messages": [{"role": "user", "content": "a"}]} {}',
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"messages": [{"role": "user", "content": "a"}], "x": ' + b"[" * 64 + b"]" * 64 + b"}",
+        b"1" * 5000,
+    ],
+)
+def test_what_is_no_json_or_no_request_is_refused(server_url: str, body: bytes) -> None:
+    response = post(server_url, CHAT, body)
+    assert response.status_code == 400, response.text
+    assert error_of(response)["type"] == "invalid_request_error"
+
+
+def test_depth_counts_brackets_outside_of_strings_only() -> None:
+    many = b"[" + b"[],{}," * 40 + b'"x"]'
+    assert _depth(many) == 2
+    assert _depth(b'["' + b"[" * 100 + b'"]') == 1
+    assert _depth(b'["\\"' + b"[" * 100 + b'\\\\"' + b",[]" * 40 + b"]") == 2
+    assert _depth(b"[" * 80 + b"]" * 80) == 80
+    assert _depth(b"[[]]") == 0, "few brackets cannot be deep"
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "", "application/x-www-form-urlencoded", "multipart/form-data"])
+def test_another_content_type_is_refused(server_url: str, kind: str) -> None:
+    response = httpx2.post(server_url + CHAT, content=b"{}", headers={"Content-Type": kind})
+    assert response.status_code == 415 and error_of(response)["code"] == "unsupported_media_type"
+    zipped = post(server_url, CHAT, b"{}", headers={"Content-Encoding": "gzip"})
+    assert zipped.status_code == 415 and error_of(zipped)
+
+
+def test_a_content_type_may_say_its_charset(server_url: str) -> None:
+    headers = {"Content-Type": "application/json; charset=utf-8"}
+    assert post(server_url, TEXT, {"prompt": "a", "max_tokens": 1}, headers=headers).status_code == 200
+
+
+def test_a_body_over_the_limit_is_refused_by_its_length_and_while_it_comes(server_url: str) -> None:
+    big = b"[" + b" " * (8 * 2**20) + b"]"
+    assert error_of(post(server_url, CHAT, big))["code"] == "body_too_large"
+
+    def parts() -> Any:
+        for _ in range(9):
+            yield b" " * 2**20
+
+    response = httpx2.post(server_url + CHAT, content=parts(), headers={"Content-Type": "application/json"}, timeout=60)
+    assert response.status_code == 413 and error_of(response)["code"] == "body_too_large"
+    assert chat(server_url).status_code == 200
+
+
+def test_a_prompt_over_the_context_is_told_both_numbers(server_url: str) -> None:
+    response = chat(server_url, messages=[{"role": "user", "content": "a" * 400}])
+    error = error_of(response)
+    assert response.status_code == 400
+    assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
+    assert "the prompt has 404 tokens" in error["message"] and "holds 256" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nothing", 404),
+        ("POST", "/v1/nothing", 404),
+        ("GET", "/v1/", 404),
+        ("GET", "//v1/models", 404),
+        ("GET", "/v1/%2e%2e/etc/passwd", 404),
+        ("GET", CHAT, 405),
+        ("OPTIONS", CHAT, 405),
+        ("DELETE", "/v1/models", 405),
+        ("PATCH", "/", 405),
+        ("POST", "/health", 405),
+        ("PROPFIND", TEXT, 405),
+    ],
+)
+def test_wrong_routes_and_methods(server_url: str, method: str, path: str, status: int) -> None:
+    response = httpx2.request(method, server_url + path)
+    assert response.status_code == status
+    assert error_of(response)["code"] == "route"
+    assert status != 405 or response.headers["allow"]
+    assert not any(name.startswith("access-control") for name in response.headers)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"nonsense\r\n\r\n",
+        b"GET /health HTTP/1.1\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 200_000,
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nabcde",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nBad Header: x\r\n\r\n",
+    ],
+)
+def test_what_is_no_http_gets_an_error_in_the_same_shape(server_url: str, data: bytes) -> None:
+    head, _, body = raw(server_url, data).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ") and b"application/json" in head
+    assert httpx2.Response(400, content=body).json()["error"]["type"] == "invalid_request_error"
+
+
+def test_many_headers_are_refused(server_url: str) -> None:
+    response = httpx2.get(server_url + "/health", headers=[(f"X-{i}", "a") for i in range(300)])
+    assert response.status_code == 431 and error_of(response)["code"] == "headers"
+
+
+def test_a_websocket_is_a_get_like_any_other(server_url: str) -> None:
+    headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "a"}
+    response = httpx2.get(server_url + CHAT, headers=headers)
+    assert response.status_code == 405 and error_of(response)
+
+
+def test_template_errors_are_the_requests(server_url: str) -> None:
+    response = chat(server_url, chat_template="{{ 7 * 7 }}")
+    assert error_of(response)["param"] == "chat_template"
