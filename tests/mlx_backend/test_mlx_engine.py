@@ -46,6 +46,7 @@ class Scripted:
     """A drafter that knows the answer: ranks it first, or last, or is wrong at every ``wrong_every``-th position."""
 
     token_ids = None
+    cache = None
 
     def __init__(self, text: list[int], *, adversarial: bool = False, wrong_every: int = 0) -> None:
         self.text = [*text, *([0] * 64)]

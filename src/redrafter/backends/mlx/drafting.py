@@ -39,27 +39,28 @@ class MLXDrafter:
         self._embed = embed
         self._head = head
         config = drafter.config
-        self._cache = None
+        self.cache: KVCache | None = None
+        """of the trunk's attention, if it has any"""
         if config.trunk_layers and config.trunk_heads:
             dtype = drafter.fuse.weight.dtype
             width = config.width // config.trunk_heads
-            self._cache = KVCache(config.trunk_layers, config.trunk_kv_heads, width, dtype)
+            self.cache = KVCache(config.trunk_layers, config.trunk_kv_heads, width, dtype)
 
     def allocate(self, rows: int, capacity: int) -> None:
         """Room for the trunk's keys and values of ``rows`` texts of up to ``capacity`` tokens; grows, never shrinks."""
-        if self._cache is not None:
+        if self.cache is not None:
             # One step writes draft_length + 1 pairs, of which those past the accepted ones are written again.
-            self._cache.reserve(rows, capacity + SLOT_STEP)
+            self.cache.reserve(rows, capacity + SLOT_STEP)
 
     def copy_prefix(self, source: int, to: int, tokens: int) -> None:
         """The first ``tokens`` pairs of row ``to`` become those of row ``source``."""
-        if self._cache is not None:
-            self._cache.copy_prefix(source, to, tokens)
+        if self.cache is not None:
+            self.cache.copy_prefix(source, to, tokens)
 
     def swap_rows(self, a: int, b: int, tokens: int) -> None:
         """Exchange the first ``tokens`` pairs of two rows."""
-        if self._cache is not None:
-            self._cache.swap_rows(a, b, tokens)
+        if self.cache is not None:
+            self.cache.swap_rows(a, b, tokens)
 
     def read(self, reading: Reading, row: int = 0) -> mx.array:
         """The context [B, T, D] of every pair, whose keys and values are kept in rows ``row`` onward."""
@@ -68,7 +69,7 @@ class MLXDrafter:
         pairs = reading.tokens.shape[1]
         first_B = mx.maximum(reading.first, 0)
         position_BT = first_B[:, None] + mx.arange(pairs, dtype=mx.int64)
-        cache = self._cache
+        cache = self.cache
         if cache is None:
             return self.drafter.context(features, next_BTD, position_BT, None, _no_store)
         limit = cache.limit_for(first_B, pairs)
@@ -78,9 +79,7 @@ class MLXDrafter:
         def store(layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
             return cache.update(layer, keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3))
 
-        context = self.drafter.context(features, next_BTD, position_BT, mask, store)
-        mx.async_eval(context, cache.layers)
-        return context
+        return self.drafter.context(features, next_BTD, position_BT, mask, store)
 
     def begin(self, reading: Reading) -> DraftState:
         context_BTD = self.read(reading)

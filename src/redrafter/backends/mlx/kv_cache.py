@@ -14,6 +14,8 @@ from redrafter.errors import OutOfMemory
 
 SLOT_STEP = 64
 """Attention looks at a multiple of so many slots, so that its shapes repeat."""
+GPU_SLOT_STEP = 256
+"""The same on a GPU, where a new shape costs more and a masked slot less."""
 
 
 class KVCache:
@@ -27,6 +29,8 @@ class KVCache:
         self.heads, self.head_width = heads, head_width
         self._dtype = dtype
         self.layers = [mx.zeros((0, 2 * heads, 0, head_width), dtype=dtype) for _ in range(layers)]
+        self.limit: int | None = None
+        """slots that attention looks at, where the caller knows it without asking the device"""
         self._rows = slice(0, 0)
         self._row_B1 = mx.zeros((0, 1), dtype=mx.int64)
         self._slot_BN = self._row_B1
@@ -60,8 +64,14 @@ class KVCache:
 
     def limit_for(self, first_B: mx.array, tokens: int) -> int:
         """Slots that attention must look at when ``tokens`` tokens are written from slot ``first_B`` on."""
+        if self.limit is not None:
+            return self.limit
         longest: Any = first_B.max().item()
-        return min(self.slots, -(-(longest + tokens) // SLOT_STEP) * SLOT_STEP)
+        return self.round_up(longest + tokens)
+
+    def round_up(self, slots: int) -> int:
+        step = GPU_SLOT_STEP if mx.default_device() == mx.gpu else SLOT_STEP
+        return min(self.slots, -(-slots // step) * step)
 
     def place(self, first_row: int, slot_BN: mx.array, limit: int) -> None:
         """The next forward is of B rows from ``first_row``; token i of row b goes to ``slot_BN[b, i]``; attention
@@ -74,8 +84,12 @@ class KVCache:
 
     def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Store [B, N, H, d]; all keys and values to look at, [B, H, limit, d]."""
+        return self.write(layer, mx.concatenate([keys, values], axis=2))
+
+    def write(self, layer: int, both: mx.array) -> tuple[mx.array, mx.array]:
+        """``update`` with the keys' heads, then the values': [B, N, 2 H, d]."""
         cache = self.layers[layer]
-        cache[self._row_B1, :, self._slot_BN] = mx.concatenate([keys, values], axis=2).astype(self._dtype)
+        cache[self._row_B1, :, self._slot_BN] = both.astype(self._dtype)
         seen = cache[self._rows, :, : self._limit]
         return seen[:, : self.heads], seen[:, self.heads :]
 

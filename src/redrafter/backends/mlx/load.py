@@ -9,13 +9,19 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from redrafter.backends.base import BaseBackend
+from redrafter.algorithm.accept import Accepted
+from redrafter.algorithm.beam import Reading
+from redrafter.algorithm.step import DecodeState, step
+from redrafter.algorithm.tree import TokenTree
+from redrafter.backends.base import BaseBackend, Fetched
+from redrafter.backends.mlx.compiled import Steps
 from redrafter.backends.mlx.drafter import Drafter
 from redrafter.backends.mlx.drafting import MLXDrafter
+from redrafter.backends.mlx.kv_cache import KVCache
 from redrafter.backends.mlx.ops import MLXOps
 from redrafter.backends.mlx.target import MLXTarget, check_architecture
 from redrafter.errors import CorruptModel, InvalidRequest, UnsupportedModel
-from redrafter.params import MAX_TREE
+from redrafter.params import MAX_TREE, DecodeConfig
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 GROWTH = 256
@@ -98,7 +104,11 @@ def without_quantisation(config: dict[str, Any]) -> dict[str, Any]:
 
 
 class MLXBackend(BaseBackend):
-    """What the engine asks for (``engine.Backend``), on MLX."""
+    """What the engine asks for (``protocol.Backend``), on MLX.
+
+    ``compiled``: a step is one compiled function; None: on a GPU. (On a CPU, ``mx.compile`` calls the system's C++
+    compiler for every kernel.) The host stays a step behind a GPU, so that it never waits for the host.
+    """
 
     def __init__(
         self,
@@ -107,7 +117,15 @@ class MLXBackend(BaseBackend):
         context_limit: int,
         eos_ids: Iterable[int],
         vocabulary: int = 0,
+        compiled: bool | None = None,
     ) -> None:
+        on_gpu = mx.default_device() == mx.gpu
+        self.run_ahead = on_gpu
+        self.steps = Steps(self._whole_step, on_gpu if compiled is None else compiled)
+        self._before: mx.array | None = None
+        self._after: mx.array | None = None
+        self._advance = 0
+        self._told: Fetched | None = None
         self.ops = MLXOps()
         self.target = target
         self.context_limit = context_limit
@@ -128,6 +146,55 @@ class MLXBackend(BaseBackend):
         cache.reserve(rows, grown if tokens > cache.slots else cache.slots)
         if self.drafter is not None:
             self.drafter.allocate(cache.rows, cache.slots)
+
+        self.steps.clear()  # what was compiled for the old shapes is of no more use
+
+    @property
+    def _caches(self) -> list[KVCache]:
+        found = [self.target.cache, None if self.drafter is None else self.drafter.cache]
+        return [cache for cache in found if cache is not None]
+
+    def step(self, state: DecodeState, config: DecodeConfig) -> tuple[DecodeState, Accepted, TokenTree]:
+        speculate = self.drafter is not None and config.tree_size > 1
+        depths = config.draft_length + 1 if speculate else 1
+        caches, longest = self._caches if speculate else [self.target.cache], self._longest(state.lengths)
+        limits = [caches[0].round_up(longest + config.tree_size)]
+        limits += [cache.round_up(longest + depths) for cache in caches[1:]]
+        after, accepted, tree, self._told = self.steps(state, config, caches, tuple(limits))
+        self._before, self._after, self._advance = state.lengths, after.lengths, depths
+        return after, accepted, tree
+
+    def _longest(self, lengths_B: mx.array) -> int:
+        """At least the longest row's tokens. Where a step is in flight, from the lengths before it: no waiting."""
+        if self.run_ahead and lengths_B is self._after and self._before is not None:
+            return max(self.host(self._before)) + self._advance
+        return max(self.host(lengths_B))
+
+    def _whole_step(
+        self, state: DecodeState, config: DecodeConfig
+    ) -> tuple[DecodeState, Accepted, TokenTree, Fetched]:
+        after, accepted, tree = step(self.ops, self.target, self.drafter, state, config)
+        return after, accepted, tree, super().fetch(accepted, tree)
+
+    def fetch(self, accepted: Accepted, tree: TokenTree) -> Fetched:
+        """It was made with the last step."""
+        assert self._told is not None
+        return self._told
+
+    def catch_up(self, reading: Reading) -> None:
+        super().catch_up(reading)
+        self._start_reading()
+
+    def prefill_chunk(
+        self, row: int, token_ids: Sequence[int], start: int, before: mx.array | None
+    ) -> tuple[mx.array, int]:
+        read = super().prefill_chunk(row, token_ids, start, before)
+        self._start_reading()
+        return read
+
+    def _start_reading(self) -> None:
+        """What was written into the caches is under way: a long prompt must not wait as one long list of operations."""
+        mx.async_eval([cache.layers for cache in self._caches])
 
     def no_features(self) -> mx.array:
         return mx.zeros(self.target.feature_size, dtype=self.target.mlx_dtype)

@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from redrafter.algorithm.accept import Accepted
 from redrafter.algorithm.tree import TokenTree
+from redrafter.backends.mlx.attention import Attention, GatedMLP
 from redrafter.backends.mlx.kv_cache import KVCache
 from redrafter.errors import UnsupportedModel
 
@@ -27,10 +28,10 @@ class MLXTarget:
     """``prefill``, ``verify``, ``commit`` (algorithm/step.py) over a model that ``check_architecture`` accepts.
 
     ``feature_layers``: layers whose output is kept beside the last hidden state after the final norm; features are
-    [last ; layer ; layer ..].
+    [last ; layer ; layer ..]. ``side_by_side``: see ``Attention``; None: where CUDA computes.
     """
 
-    def __init__(self, model: Any, feature_layers: Sequence[int] = ()) -> None:
+    def __init__(self, model: Any, feature_layers: Sequence[int] = (), side_by_side: bool | None = None) -> None:
         self.model = model
         self.feature_layers = tuple(feature_layers)
         self.vocab_size: int = model.args.vocab_size
@@ -45,6 +46,9 @@ class MLXTarget:
         attention = layers[0].self_attn
         width = getattr(model.args, "head_dim", None) or self.hidden_size // attention.n_heads
         self.cache = KVCache(len(layers), attention.n_kv_heads, width, self.mlx_dtype)
+        if side_by_side is None:
+            side_by_side = mx.cuda.is_available() and mx.default_device() == mx.gpu
+        self._layers = [(Attention(layer.self_attn, side_by_side), GatedMLP(layer.mlp)) for layer in layers]
 
     @property
     def dtype(self) -> str:
@@ -69,14 +73,11 @@ class MLXTarget:
         self.cache.place(row, position_1T, limit)
         visible = mx.arange(limit, dtype=mx.int64)[None, None, :] <= position_1T[:, :, None]
         features = self._forward(token_ids[None], position_1T, visible)[0]
-        mx.eval(features, self.cache.layers)
+        mx.async_eval(features, self.cache.layers)
         return features
 
     def verify(self, tree: TokenTree, lengths_B: mx.array) -> tuple[mx.array, mx.array]:
         nodes = tree.tokens.shape[1]
-        # The drafter starts to work while the forward is being written down. The lengths are not waited for: they
-        # follow from the last step's outcome, which the engine has read.
-        mx.async_eval(tree.tokens, tree.mask)
         limit = self.cache.limit_for(lengths_B, nodes)
         self.cache.place(0, lengths_B[:, None] + mx.arange(nodes, dtype=mx.int64), limit)
         # Slot s holds a committed token, or node s - length of this tree, or nothing yet.
@@ -92,7 +93,6 @@ class MLXTarget:
         depth_D = mx.arange(accepted.path.shape[1], dtype=mx.int64)
         if depth_D.shape[0] > 1:  # the root already lies where it belongs
             self.cache.move_slots(lengths_B[:, None] + accepted.path, lengths_B[:, None] + depth_D)
-        mx.async_eval(accepted.tokens, accepted.length, accepted.finite, self.cache.layers)
 
     def _logits(self, hidden: mx.array) -> mx.array:
         return self.head.as_linear(hidden) if self.model.args.tie_word_embeddings else self.head(hidden)
@@ -100,36 +100,17 @@ class MLXTarget:
     def _forward(self, ids_BN: mx.array, position_BN: mx.array, visible_BNS: mx.array) -> mx.array:
         """Features [B, N, F] of the tokens, whose keys and values go where the cache was told."""
         body = self.model.model
-        offset = position_BN.reshape(-1).astype(mx.int32)
-        mask = visible_BNS[:, None]
         x = body.embed_tokens(ids_BN)
-        kept = []
-        for index, layer in enumerate(body.layers):
-            x = x + self._attend(index, layer.self_attn, layer.input_layernorm(x), offset, mask)
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        attention = self._layers[0][0]
+        offset, mask = attention.offsets(position_BN), attention.mask(visible_BNS, x.dtype)
+        kept = {}
+        for index, (layer, (attend, mlp)) in enumerate(zip(body.layers, self._layers, strict=True)):
+            x = x + attend(layer.input_layernorm(x), offset, mask, self.cache, index)
+            x = x + mlp(layer.post_attention_layernorm(x))
             if index in self.feature_layers:
-                kept.append((index, x))
-        parts = [body.norm(x), *(dict(kept)[index] for index in self.feature_layers)]
+                kept[index] = x
+        parts = [body.norm(x), *(kept[index] for index in self.feature_layers)]
         return mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
-
-    def _attend(self, index: int, attention: Any, x: mx.array, offset: mx.array, mask: mx.array) -> mx.array:
-        rows, nodes, _ = x.shape
-
-        def heads(y: mx.array, count: int, norm: str, rotated: bool = True) -> mx.array:
-            """[B, N, H d] -> [B, N, H, d]. The rotary module takes one offset per batch row: nodes go on that axis."""
-            y = y.reshape(rows * nodes, count, 1, -1)
-            if norm in attention:
-                y = attention[norm](y)
-            return (attention.rope(y, offset=offset) if rotated else y).reshape(rows, nodes, count, -1)
-
-        q = heads(attention.q_proj(x), attention.n_heads, "q_norm")
-        k = heads(attention.k_proj(x), attention.n_kv_heads, "k_norm")
-        v = heads(attention.v_proj(x), attention.n_kv_heads, "", rotated=False)
-        keys, values = self.cache.update(index, k, v)
-        y = mx.fast.scaled_dot_product_attention(
-            q.transpose(0, 2, 1, 3), keys, values, scale=attention.scale, mask=mask
-        )
-        return attention.o_proj(y.transpose(0, 2, 1, 3).reshape(rows, nodes, -1))
 
 
 def check_architecture(model: Any) -> None:

@@ -1,0 +1,141 @@
+"""A layer's attention with few launches: one product for queries, keys and values, one rotation for all of them.
+
+On a small model a step's time is the launches, so what mlx-lm does in three products, two rotations and two writes is
+done in one of each. The weights stay one array: mlx-lm's own linears become views of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from redrafter.backends.mlx.kv_cache import KVCache
+
+Product = Callable[[mx.array], mx.array]
+UNSCALED = ("RoPE", "Llama3RoPE")
+"""Rotary modules that leave a vector at position 0 as it is."""
+MAX_ROTATED = 32_768
+"""Vectors per rotation: they lie on an axis that CUDA counts to 65,535."""
+
+
+class Attention:
+    """``attention``: a self-attention module of mlx-lm's Llama, Qwen 2 or Qwen 3.
+
+    ``side_by_side``: a single node's query heads that share keys become rows of one query, and a lone head two equal
+    rows: CUDA has a fused kernel with a mask for several rows only.
+    """
+
+    def __init__(self, attention: Any, side_by_side: bool) -> None:
+        self.module = attention
+        self.side_by_side = side_by_side
+        self.heads, self.kv_heads = attention.n_heads, attention.n_kv_heads
+        self._qkv = joined([attention.q_proj, attention.k_proj, attention.v_proj])
+        self._normed = "q_norm" in attention
+        self._rotate_values = type(attention.rope).__name__ in UNSCALED
+
+    def offsets(self, position_BN: mx.array) -> mx.array:
+        """What the rotation of every vector starts from, [B N heads] int32: values are rotated by nothing."""
+        turned = self.heads + self.kv_heads
+        position = position_BN.reshape(-1, 1).astype(mx.int32)
+        offset = mx.broadcast_to(position, (position.shape[0], turned))
+        if self._rotate_values:
+            offset = mx.concatenate([offset, mx.zeros((position.shape[0], self.kv_heads), dtype=mx.int32)], axis=1)
+        return offset.reshape(-1)
+
+    def mask(self, visible_BNS: mx.array, dtype: mx.Dtype) -> mx.array:
+        """[B, 1, rows of a query, S]: what to add to the scores."""
+        mask = mx.where(visible_BNS, mx.array(0.0, dtype), mx.array(-mx.inf, dtype))
+        if self.side_by_side and mask.shape[1] == 1:
+            mask = mx.contiguous(mx.broadcast_to(mask, (mask.shape[0], max(2, self._group), mask.shape[2])))
+        return mask[:, None]
+
+    @property
+    def _group(self) -> int:
+        return self.heads // self.kv_heads
+
+    def __call__(self, x: mx.array, offset: mx.array, mask: mx.array, cache: KVCache, layer: int) -> mx.array:
+        """[B, N, D] -> [B, N, D]; keys and values go where the cache was told."""
+        rows, nodes, _ = x.shape
+        y = self._turned(self._qkv(x).reshape(rows * nodes, self.heads + 2 * self.kv_heads, -1), offset)
+        y = y.reshape(rows, nodes, self.heads + 2 * self.kv_heads, -1)
+        keys, values = cache.write(layer, y[:, :, self.heads :])
+        q = y[:, :, : self.heads].transpose(0, 2, 1, 3)
+        scale = self.module.scale
+        if self.side_by_side and nodes == 1:
+            q = q.reshape(rows, self.kv_heads, self._group, -1)
+            q = mx.concatenate([q, q], axis=2) if self._group == 1 else q
+            out = mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask)
+            return self.module.o_proj(out[:, :, : self._group].reshape(rows, 1, -1))
+        out = mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask)
+        return self.module.o_proj(out.transpose(0, 2, 1, 3).reshape(rows, nodes, -1))
+
+    def _turned(self, y: mx.array, offset: mx.array) -> mx.array:
+        """[B N, heads, d] with its queries and keys normed, if the family norms them, and rotated."""
+        turned = self.heads + self.kv_heads
+        if self._normed:
+            q = self.module.q_norm(y[:, : self.heads])
+            k = self.module.k_norm(y[:, self.heads : turned])
+            y = mx.concatenate([q, k, y[:, turned:]], axis=1)
+        if self._rotate_values:
+            return self._rotate(y.reshape(-1, 1, 1, y.shape[-1]), offset).reshape(y.shape)
+        first = y[:, :turned]
+        first = self._rotate(first.reshape(-1, 1, 1, y.shape[-1]), offset).reshape(first.shape)
+        return mx.concatenate([first, y[:, turned:]], axis=1)
+
+    def _rotate(self, y: mx.array, offset: mx.array) -> mx.array:
+        """The rotary module takes one offset per entry of the first axis: vectors go on that axis."""
+        parts = range(0, y.shape[0], MAX_ROTATED)
+        done = [self.module.rope(y[i : i + MAX_ROTATED], offset=offset[i : i + MAX_ROTATED]) for i in parts]
+        return done[0] if len(done) == 1 else mx.concatenate(done)
+
+
+class GatedMLP:
+    """mlx-lm's SwiGLU with one product for gate and up."""
+
+    def __init__(self, mlp: Any) -> None:
+        self._down = mlp.down_proj
+        self._both = joined([mlp.gate_proj, mlp.up_proj])
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self._down(swiglu(*mx.split(self._both(x), 2, axis=-1)))
+
+
+@partial(mx.compile, shapeless=True)
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    return nn.silu(gate) * up
+
+
+def joined(linears: Sequence[nn.Module]) -> Product:
+    """x [..., in] -> what the linears say of it, one after the other [..., sum of outs], by one product.
+
+    Where they are of different kinds (a mixed quantisation), each computes its own.
+    """
+    how_stored = ("bits", "group_size", "mode")
+    kinds = {(type(x), x.get("bias") is None, *(getattr(x, name, None) for name in how_stored)) for x in linears}
+    if len(kinds) > 1 or not isinstance(linears[0], nn.Linear | nn.QuantizedLinear):
+        return lambda x: mx.concatenate([linear(x) for linear in linears], axis=-1)
+    names = [n for n in ("weight", "scales", "biases", "bias") if linears[0].get(n) is not None]
+    whole = {name: mx.concatenate([linear[name] for linear in linears]) for name in names}
+    mx.eval(whole)
+    at = 0
+    for linear in linears:
+        size = linear["weight"].shape[0]
+        for name in names:
+            linear[name] = whole[name][at : at + size]
+        mx.eval([linear[name] for name in names])
+        at += size
+    first, bias = linears[0], whole.get("bias")
+    if isinstance(first, nn.QuantizedLinear):
+        how = {"group_size": first.group_size, "bits": first.bits, "mode": first.mode}
+
+        def quantised(x: mx.array) -> mx.array:
+            y = mx.quantized_matmul(x, whole["weight"], whole["scales"], whole.get("biases"), transpose=True, **how)
+            return y if bias is None else y + bias
+
+        return quantised
+    transposed = whole["weight"].T
+    return (lambda x: x @ transposed) if bias is None else (lambda x: mx.addmm(bias, x, transposed))
