@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from redrafter.params import SamplingParams
 from redrafter.server.page import page
 from tests.server.page_server import STEPS, TREE, Play, playing
+from tests.server.serving import running, tiny_llm
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 DESKTOP = {"width": 1280, "height": 900}
@@ -287,3 +289,31 @@ def contrast(tab: Any, text: str, ground: str) -> float:
 
     light, dark = sorted((luminance(text, "color"), luminance(ground, "backgroundColor")), reverse=True)
     return (light + 0.05) / (dark + 0.05)
+
+
+def test_over_the_real_server_the_answer_is_the_models_and_the_race_is_even(browser, expect, server) -> None:
+    tab = browser.new_page()
+    tab.goto(server.url)
+    tab.fill("#max-tokens", "40")
+    ask(tab, "why?")
+    expect(tab.locator("#tokens")).to_have_text("40")
+    params = SamplingParams(max_new_tokens=40)
+    answer = tiny_llm().generate([{"role": "user", "content": "why?"}], params)[0].text
+    assert "".join(tab.locator(".turn .text span").all_text_contents()) == answer
+    expect(tab.locator(".note")).to_contain_text("ended at the most new tokens")
+    tab.click("#race-start")
+    expect(tab.locator("#race-result")).to_contain_text("The answers are equal, character for character.")
+    assert "1.00 tokens per step" in tab.inner_text("#lane-plain")
+    tab.close()
+
+
+def test_a_browser_that_logged_in_needs_no_key_field(browser, expect) -> None:
+    with running(api_keys=("secret",)) as server:
+        context = browser.new_context(http_credentials={"username": "", "password": "secret"})
+        tab = context.new_page()
+        tab.goto(server.url)
+        expect(tab.locator("#model")).to_have_text("tiny, drafter tiny-drafter")
+        tab.fill("#max-tokens", "8")
+        ask(tab, "why?")
+        expect(tab.locator("#tokens")).to_have_text("8")
+        context.close()
