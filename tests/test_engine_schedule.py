@@ -106,10 +106,11 @@ def test_a_step_ahead_is_launched_before_the_last_is_read(ahead: TorchBackend, m
 
 def test_an_ideal_drafter_fills_the_context_a_step_ahead() -> None:
     """The step after the last writes past the request's tokens: there must be room."""
-    backend = make_backend(context=60)
     params = SamplingParams(max_new_tokens=500)
-    full, _ = run(Engine(backend, PLAIN), PROMPT, params)
-    set_drafter(backend, ScriptedDrafter(PROMPT + full))
+    longer, _ = run(Engine(make_backend(context=90), PLAIN), PROMPT, params)
+    full, _ = run(Engine(make_backend(context=60), PLAIN), PROMPT, params)
+    backend = make_backend(context=60)
+    set_drafter(backend, ScriptedDrafter(PROMPT + longer))
     backend.run_ahead = True
     shape = DecodeConfig(beam_width=2, branching=2, draft_length=6, tree_size=12)
     ids, statistics = run(Engine(backend, shape), PROMPT, params)
@@ -137,8 +138,9 @@ def test_shapes_that_change_at_random_change_no_answer(backend: TorchBackend, se
 
 
 @pytest.mark.parametrize("steps", [1, 12, 70])
-def test_a_drafter_that_was_not_asked_for_a_while_has_missed_nothing(backend: TorchBackend, steps: int) -> None:
+def test_a_drafter_that_was_not_asked_for_a_while_has_missed_nothing(steps: int) -> None:
     """After plain steps it drafts what it drafts behind a prompt that holds their tokens, its trunk included."""
+    backend = make_backend(context=240)  # empty: nothing an earlier test left in the trunk may help
     params = SamplingParams(temperature=1.0, seed=5, max_new_tokens=100)
     ids, late = run(Engine(backend, plain_first(steps), prefix_reuse=False), PROMPT, params)
     rest = SamplingParams(temperature=1.0, seed=5, max_new_tokens=100 - steps)

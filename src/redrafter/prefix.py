@@ -31,22 +31,40 @@ class Prefixes:
             shared = {i: self._shared(request, text) for i, text in texts.items()}
             tokens = max(shared.values(), default=0)
             if tokens:
-                source = max(shared, key=lambda i: (shared[i], i == row))
-            if row in held and source != row:
-                self._keep_elsewhere(row, source, min(max_batch, self.backend.rows))
+                source = max(shared, key=lambda i: (shared[i], i in held, i == row))
+            source = self._make_room(row, source, tokens, min(max_batch, self.backend.rows))
         held.pop(row, None)
         if source is not None and source != row:
             self.backend.copy_prefix(source, row, tokens)
         return tokens
 
-    def _keep_elsewhere(self, row: int, source: int | None, rows: int) -> None:
-        """What lies in ``row`` moves to a free row, or to the one left longest ago, unless that is itself."""
+    def _make_room(self, row: int, source: int | None, tokens: int, rows: int) -> int | None:
+        """Decide which ended text is given up for row ``row``, and save the one that lies there if it is another: the
+        text left longest ago or, if less is lost, what ``source`` has beyond the prompt. Returns where the source is
+        now."""
         held = self.backend.held
-        left = {i: held[i].ended if i in held else 0.0 for i in range(row, rows) if i != source}
-        to = min(left, key=lambda i: left[i], default=row)
-        if to != row:
-            self.backend.copy_prefix(row, to, held[row].tokens)
-            held[to] = held[row]
+        others = [i for i in range(row, rows) if i != source]
+        oldest = min(others, key=lambda i: held[i].ended if i in held else 0.0, default=row)
+        lost = held[oldest].tokens if oldest in held else 0
+        if source in held and (not others or held[source].tokens - tokens <= lost):
+            self._exchange_held(row, source)
+            return row
+        if oldest != row and row in held:
+            self.backend.copy_prefix(row, oldest, held[row].tokens)
+            held[oldest] = held[row]
+        return source
+
+    def _exchange_held(self, a: int, b: int) -> None:
+        """Row ``b``, which holds a text, and row ``a``, which may, change places."""
+        if a == b:
+            return
+        held = self.backend.held
+        if a in held:
+            self.backend.swap_rows(a, b, max(held[a].tokens, held[b].tokens))
+            held[a], held[b] = held[b], held[a]
+        else:
+            self.backend.copy_prefix(b, a, held[b].tokens)
+            held[a] = held.pop(b)
 
     def _shared(self, request: Request, text: HeldRow) -> int:
         if text.salt != request.salt:
