@@ -199,6 +199,8 @@ def test_a_race_runs_both_ways_one_after_the_other(visit, play: Play, expect) ->
     expect(result).to_contain_text("The answers are equal, character for character.")
     ratio, fast, slow = map(float, re.findall(r"\d+\.\d+", result.inner_text()))
     assert fast > 0 and slow > 0 and ratio == pytest.approx(fast / slow, abs=0.03)
+    bars = [tab.locator(f"#bar-{lane}").evaluate("e => e.value / e.max") for lane in ("drafted", "plain")]
+    assert max(bars) == 1.0 and bars[0] / bars[1] == pytest.approx(ratio, abs=0.01)
     assert [asked["speculation"] for asked in play.asked] == [False, True]
     assert "6 tokens" in tab.inner_text("#lane-plain") and "1.50 tokens per step" in tab.inner_text("#lane-drafted")
     play.plain_text = "The sky is grey"

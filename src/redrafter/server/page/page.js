@@ -205,6 +205,9 @@ function verdict(drafted, plain) {
     : `The answers differ from character ${at + 1} on: in 16-bit arithmetic two nearly equal tokens can swap.`;
   const [fast, slow] = [drafted.watch.rate, plain.watch.rate];
   if (fast === null || slow === null) return `Too short to compare. ${words}`;
+  for (const [lane, rate] of [["drafted", fast], ["plain", slow]]) {
+    $(`bar-${lane}`).value = rate / Math.max(fast, slow);
+  }
   return `With speculation ${(fast / slow).toFixed(2)} times the speed: ${fast.toFixed(1)} against ${slow.toFixed(1)} ` +
     `tokens per second. ${words}`;
 }
