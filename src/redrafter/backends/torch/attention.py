@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from redrafter.algorithm.tree import TokenTree
 from redrafter.errors import UnsupportedModel
 
 EXACT = "redrafter_exact"
 FAST = "redrafter_fast"
+KERNEL = "redrafter_kernel"
 
 
 def exact_attention(
@@ -67,6 +69,22 @@ def fast_attention(
     return y.transpose(1, 2).contiguous(), None
 
 
+def kernel_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **settings: Any
+) -> tuple[Tensor, None]:
+    """A tree's nodes through our kernel, with the mask of ``tree_mask``; with a mask of bools the fast path."""
+    if attention_mask.dtype == torch.bool:
+        return fast_attention(module, query, key, value, attention_mask, **settings)
+    from redrafter.backends.torch.kernels.attention import tree_attention  # needs triton
+
+    refuse_sinks(settings)
+    rows, heads, nodes, width = query.shape
+    scaling = settings.get("scaling") or width**-0.5
+    lengths_B, words = attention_mask[:, 0, 0, 2], attention_mask[:, 0]
+    y = tree_attention(query, key, value, lengths_B, words, scaling, settings.get("softcap"))
+    return y.view(rows, nodes, heads, width), None
+
+
 def refuse_sinks(settings: dict[str, Any]) -> None:
     if settings.get("s_aux") is not None:
         raise UnsupportedModel("attention sinks (s_aux) change the softmax and are not supported: use another model")
@@ -74,6 +92,7 @@ def refuse_sinks(settings: dict[str, Any]) -> None:
 
 AttentionInterface.register(EXACT, exact_attention)
 AttentionInterface.register(FAST, fast_attention)
+AttentionInterface.register(KERNEL, kernel_attention)
 
 
 def mask_for(visible_BNS: Tensor, groups: int, exact: bool) -> Tensor:
@@ -82,3 +101,12 @@ def mask_for(visible_BNS: Tensor, groups: int, exact: bool) -> Tensor:
         return visible_BNS[:, None]
     mask = torch.zeros(visible_BNS.shape, dtype=torch.float64, device=visible_BNS.device)
     return mask.masked_fill_(~visible_BNS, float("-inf"))[:, None].repeat(1, 1, groups, 1)
+
+
+def tree_mask(tree: TokenTree, lengths_B: Tensor) -> Tensor:
+    """The 4-D mask of ``kernel_attention``, [B, 1, N, 3] int64: two words of ancestor bits and the row's length."""
+    from redrafter.backends.torch.kernels.attention import ancestor_words  # needs triton
+
+    words = ancestor_words(tree.mask) if tree.ancestors is None else tree.ancestors
+    lengths = lengths_B[:, None, None].expand(-1, words.shape[1], 1)
+    return torch.cat([words, lengths], dim=2)[:, None]

@@ -64,13 +64,16 @@ class KVCache:
         self._slot_BN = slot_BN
         self._limit = limit
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """transformers calls this in every layer with [B, H, N, d]; returns [B, H, limit, d]."""
+    def check(self, keys: Tensor, values: Tensor, layer_idx: int) -> None:
         if keys.shape[1:] != values.shape[1:] or (keys.shape[1], keys.shape[3]) != (self.heads, self.head_width):
             raise UnsupportedModel(
                 f"layer {layer_idx} has keys {list(keys.shape[1:])} and values {list(values.shape[1:])} [heads, "
                 f"tokens, width]; the cache needs {self.heads} heads of width {self.head_width} in every layer"
             )
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """transformers calls this in every layer with [B, H, N, d]; returns [B, H, limit, d]."""
+        self.check(keys, values, layer_idx)
         index = self._slot_BN[:, None, :, None].expand(keys.shape)
         stored = self.keys[layer_idx, self._rows], self.values[layer_idx, self._rows]
         for cache, new in zip(stored, (keys, values), strict=True):
@@ -81,11 +84,16 @@ class KVCache:
         """transformers asks for it where position_ids are not given; ours always are."""
         return self._limit
 
-    def move_slots(self, source_BD: Tensor, to_BD: Tensor) -> None:
-        """Slot ``to[b, d]`` becomes what slot ``source[b, d]`` was, in every layer; reads all before it writes any."""
-        rows = source_BD.shape[0]
+    def keep_path(self, lengths_B: Tensor, path_BD: Tensor) -> None:
+        """Slot ``lengths[b]`` + d becomes what slot ``lengths[b]`` + ``path[b, d]`` was, in every layer; reads all
+        before it writes any."""
+        rows, depths = path_BD.shape
+        if depths == 1:  # the root already lies where it belongs
+            return
+        source_BD = lengths_B[:, None] + path_BD
+        to_BD = lengths_B[:, None] + torch.arange(depths, device=self._device)
         for cache in (self.keys[:, :rows], self.values[:, :rows]):
-            shape = (self._layers, rows, self.heads, source_BD.shape[1], self.head_width)
+            shape = (self._layers, rows, self.heads, depths, self.head_width)
             moved = cache.gather(3, source_BD[None, :, None, :, None].expand(shape))
             cache.scatter_(3, to_BD[None, :, None, :, None].expand(shape), moved)
 

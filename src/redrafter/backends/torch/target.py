@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from redrafter.algorithm.accept import Accepted
 from redrafter.algorithm.tree import TokenTree
-from redrafter.backends.torch.attention import EXACT, mask_for
+from redrafter.backends.torch.attention import EXACT, KERNEL, mask_for, tree_mask
 from redrafter.backends.torch.kv_cache import KVCache
 from redrafter.errors import UnsupportedModel
 
@@ -45,7 +45,14 @@ class TorchTarget:
         head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
         self._groups = heads // kv_heads
         cache_dtype = torch.float64 if self.exact else self.dtype
-        self.cache = KVCache(len(layers), kv_heads, head_width, cache_dtype, self.device)
+        kind = KVCache
+        self._max_kernel_nodes = 0
+        if config._attn_implementation == KERNEL:
+            from redrafter.backends.torch.kernels.attention import MAX_NODES  # needs triton
+            from redrafter.backends.torch.kernels.commit import KernelCache
+
+            kind, self._max_kernel_nodes = KernelCache, MAX_NODES
+        self.cache = kind(len(layers), kv_heads, head_width, cache_dtype, self.device)
         self._base = base
         self._captured: dict[int, Tensor] = {}
         for index in self.feature_layers:
@@ -71,12 +78,12 @@ class TorchTarget:
     def embed(self, token_ids: Tensor) -> Tensor:
         return nn.functional.embedding(token_ids, self.model.get_input_embeddings().weight)
 
-    def _forward(self, run: nn.Module, ids_BN: Tensor, position_BN: Tensor, visible_BNS: Tensor) -> Any:
+    def _forward(self, run: nn.Module, ids_BN: Tensor, position_BN: Tensor, mask: Tensor) -> Any:
         """One forward of the model or of its body; afterwards the hooks have captured the features."""
         return run(
             input_ids=ids_BN,
             position_ids=position_BN,
-            attention_mask=mask_for(visible_BNS, self._groups, self.exact),
+            attention_mask=mask,
             use_cache=True,
             **{self._cache_name: self.cache},
         )
@@ -91,7 +98,8 @@ class TorchTarget:
         limit = start + len(token_ids)
         self.cache.place(row, position_1T, limit)
         slots = torch.arange(limit, device=self.device)
-        self._forward(self._base, token_ids[None], position_1T, slots[None, None, :] <= position_1T[:, :, None])
+        mask = mask_for(slots[None, None, :] <= position_1T[:, :, None], self._groups, self.exact)
+        self._forward(self._base, token_ids[None], position_1T, mask)
         return self._features()[0]
 
     def verify(self, tree: TokenTree, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,19 +107,24 @@ class TorchTarget:
         slot_BN = lengths_B[:, None] + torch.arange(nodes, device=self.device)
         limit = self._limit(slot_BN)
         self.cache.place(0, slot_BN, limit)
+        mask = self._tree_mask(tree, lengths_B, limit)
+        out = self._forward(self.model, tree.tokens, lengths_B[:, None] + tree.depth, mask)
+        return out.logits.float(), self._features()
+
+    def _tree_mask(self, tree: TokenTree, lengths_B: Tensor, limit: int) -> Tensor:
+        nodes = tree.tokens.shape[1]
+        if nodes <= self._max_kernel_nodes:
+            return tree_mask(tree, lengths_B)
         # Slot s holds a committed token, or node s - length of this tree, or nothing yet.
         node_BS = torch.arange(limit, device=self.device) - lengths_B[:, None]
         in_tree_BS = (node_BS >= 0) & (node_BS < nodes)
         index = node_BS.clamp(0, nodes - 1)[:, None, :].expand(-1, nodes, -1)
         visible_BNS = (node_BS < 0)[:, None, :] | (tree.mask.gather(2, index) & in_tree_BS[:, None, :])
-        out = self._forward(self.model, tree.tokens, lengths_B[:, None] + tree.depth, visible_BNS)
-        return out.logits.float(), self._features()
+        return mask_for(visible_BNS, self._groups, self.exact)
 
     def _limit(self, slot_BN: Tensor) -> int:
         """Slots that attention must look at: on the CPU those in use, elsewhere all, so that shapes are static."""
         return int(slot_BN.max()) + 1 if self.device.type == "cpu" else self.cache.slots
 
     def commit(self, lengths_B: Tensor, accepted: Accepted) -> None:
-        depth_D = torch.arange(accepted.path.shape[1], device=self.device)
-        if len(depth_D) > 1:  # the root already lies where it belongs
-            self.cache.move_slots(lengths_B[:, None] + accepted.path, lengths_B[:, None] + depth_D)
+        self.cache.keep_path(lengths_B, accepted.path)
