@@ -21,7 +21,9 @@ from redrafter.errors import NonFiniteLogits
 from redrafter.params import PLAIN, DecodeConfig
 from tests.mlx_backend.tiny import FAMILIES, open_backend, open_torch, write_drafter, write_model, write_quantised
 from tests.test_engine import PROMPT, SETTINGS, params
+from tests.test_engine_schedule import assert_equal, at_random
 from tests.tiny import VOCAB, ScriptState, run, run_all
+from tests.traffic import Visit, play, random_visits
 
 SHAPES = [(1, 1, 1), (1, 1, 6), (2, 3, 2), (8, 8, 8), (64, 4, 8)]
 TARGETS = (*FAMILIES, "quantised")
@@ -157,6 +159,33 @@ def test_a_part_of_the_draft_vocabulary(folders: dict[str, Path], count: int) ->
     assert backend.drafter is not None and backend.drafter.token_ids.shape == (count,)
     plain, _ = run(Engine(backend, PLAIN), PROMPT, params("sampled"))
     assert run(Engine(backend, DecodeConfig(tree_size=12)), PROMPT, params("sampled"))[0] == plain
+
+
+@pytest.mark.parametrize("run_ahead", [False, True])
+def test_traffic_with_changing_shapes_and_shared_beginnings(folders: dict[str, Path], run_ahead: bool) -> None:
+    """Rows that are swapped, copied in part and read by the drafter late give the answers of one request alone."""
+    backend = open_backend(folders["llama"], folders["drafter"])
+    visits = random_visits(3, 10)
+    expected = [run(Engine(backend, PLAIN, prefix_reuse=False), v.prompt, v.params)[0] for v in visits]
+    backend.run_ahead = run_ahead
+    answers = play(Engine(backend, at_random(5), max_batch=3), visits)
+    assert_equal(visits, answers, expected)
+    assert sum(answer.statistics.reused_tokens for answer in answers) > 0
+
+
+def test_log_probabilities_are_those_of_torch(folders: dict[str, Path]) -> None:
+    told = []
+    for backend in (
+        open_backend(folders["llama"], folders["drafter"]),
+        open_torch(folders["llama"], folders["drafter"]),
+    ):
+        engine = Engine(backend, DecodeConfig(tree_size=12))
+        (answer,) = play(engine, [Visit(0, None, PROMPT, params("sampled", logprobs=4))])
+        told.append([entry for event in answer.events for entry in event.logprobs or ()])
+    assert len(told[0]) == 40
+    for mine, theirs in zip(*told, strict=True):
+        assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-3)
+        assert [i for i, _ in mine.top] == [i for i, _ in theirs.top]
 
 
 def test_nan_logits_end_a_request(backends: dict[str, MLXBackend]) -> None:
