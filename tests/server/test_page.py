@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from redrafter.params import SamplingParams
+from redrafter.server import page as server_page
 from redrafter.server.page import page
 from tests.server.page_server import STEPS, TREE, Play, playing
 from tests.server.serving import running, tiny_llm
@@ -38,6 +39,15 @@ def test_the_page_is_one_text_that_asks_nobody_else() -> None:
         assert unsafe not in html
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
     assert "unsafe" not in policy and "*" not in policy and "connect-src 'self'" in policy
+
+
+def test_its_files_keep_the_house_ceilings() -> None:
+    folder = Path(server_page.__file__).parent
+    sources = [path for path in folder.iterdir() if path.suffix in (".html", ".css", ".js")]
+    assert {path.name for path in sources} == {"page.html", "page.css", *server_page.SCRIPTS}
+    for path in sources:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert len(lines) <= 400 and max(map(len, lines)) <= 120, path.name
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,14 @@ const state = {
 
 function numberOf(id, least, whole) {
   const field = $(id);
-  const value = Number(field.value);
-  const good = field.value.trim() !== "" && Number.isFinite(value) && value >= least && (!whole || Number.isSafeInteger(value));
+  const value = Number(field.value.trim() || NaN);
+  const good = Number.isFinite(value) && value >= least && (!whole || Number.isSafeInteger(value));
   field.setAttribute("aria-invalid", String(!good));
   if (good) return value;
   field.focus();
   const name = field.labels[0].textContent.trim();
-  throw new ServerError(`${name} is “${field.value}”: give ${whole ? "a whole number" : "a number"} from ${least} up.`, 400);
+  const kind = whole ? "a whole number" : "a number";
+  throw new ServerError(`${name} is “${field.value}”: give ${kind} from ${least} up.`, 400);
 }
 
 function settings() {
@@ -39,7 +40,8 @@ async function learnModel(signal) {
   if (state.model !== null) return;
   const info = await (await ask("/v1/redrafter/info", $("key").value, { signal })).json();
   state.model = info.model;
-  $("model").textContent = `${info.model}, ${info.drafter ? `drafter ${info.drafter}` : "no drafter: decoding is plain"}`;
+  const drafter = info.drafter ? `drafter ${info.drafter}` : "no drafter: decoding is plain";
+  $("model").textContent = `${info.model}, ${drafter}`;
   $("version").textContent = `redrafter ${info.version}`;
 }
 
@@ -161,7 +163,7 @@ async function readAnswer(messages, body, turn, signal) {
     }
   } finally {
     if (finish === null) turn.append(element("span", "note", "not finished"));
-    if (finish === "length") turn.append(element("span", "note", "ended at the most new tokens, or where the context ends"));
+    if (finish === "length") turn.append(element("span", "note", "ended at the most new tokens or the context's end"));
   }
 }
 
@@ -193,7 +195,8 @@ async function runLane(lane, messages, most, signal) {
 }
 
 function laneWords(watch) {
-  return `${watch.tokens} tokens, ${shown(watch.rate, 1)} tokens per second, ${shown(watch.perStep, 2)} tokens per step`;
+  const [rate, perStep] = [shown(watch.rate, 1), shown(watch.perStep, 2)];
+  return `${watch.tokens} tokens, ${rate} tokens per second, ${perStep} tokens per step`;
 }
 
 function verdict(drafted, plain) {
@@ -208,8 +211,8 @@ function verdict(drafted, plain) {
   for (const [lane, rate] of [["drafted", fast], ["plain", slow]]) {
     $(`bar-${lane}`).value = rate / Math.max(fast, slow);
   }
-  return `With speculation ${(fast / slow).toFixed(2)} times the speed: ${fast.toFixed(1)} against ${slow.toFixed(1)} ` +
-    `tokens per second. ${words}`;
+  const speeds = `${fast.toFixed(1)} against ${slow.toFixed(1)} tokens per second`;
+  return `With speculation ${(fast / slow).toFixed(2)} times the speed: ${speeds}. ${words}`;
 }
 
 async function race() {

@@ -69,7 +69,7 @@ async function* eventsOf(response) {
   }
 }
 
-// Yields {spans: [[text, drafted]], step, tree, finish, usage}. A server that gives no details has spans of its own text.
+// Yields {spans: [[text, drafted]], step, tree, finish, usage}; without details, all text counts as the model's own.
 async function* answer(body, key, signal) {
   const response = await ask("/v1/chat/completions", key, {
     method: "POST",

@@ -56,10 +56,8 @@ function drawTree(picture, tree, tell) {
   picture.setAttribute("width", width);
   picture.setAttribute("height", height);
   const path = nodes.filter((node) => node.parent !== null && accepted.has(node.index));
-  picture.setAttribute(
-    "aria-label",
-    `tree of ${nodes.length} nodes; the model agreed to ${path.length}: ${path.map((node) => node.text).join("") || "none"}`,
-  );
+  const agreed = path.map((node) => node.text).join("") || "none";
+  picture.setAttribute("aria-label", `tree of ${nodes.length} nodes; the model agreed to ${path.length}: ${agreed}`);
   groups.forEach((group, index) => {
     const say = () => tell(sentence(nodes[index], accepted));
     group.addEventListener("focus", say);
