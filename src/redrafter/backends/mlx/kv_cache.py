@@ -19,7 +19,8 @@ GPU_SLOT_STEP = 256
 
 
 class KVCache:
-    """One array per layer, [rows, 2 H, slots, d]: H key heads, then H value heads, so that a layer needs one write.
+    """One array per layer, [rows, slots, 2 H, d]: a token's H key heads, then its H value heads, lie side by side, so
+    that a layer needs one write, by two indices.
 
     ``place`` says where the next forward's tokens go; every layer's ``update`` then writes there and returns the slots
     in use. Rows past the running ones and slots past ``limit`` are not looked at.
@@ -28,7 +29,7 @@ class KVCache:
     def __init__(self, layers: int, heads: int, head_width: int, dtype: mx.Dtype) -> None:
         self.heads, self.head_width = heads, head_width
         self._dtype = dtype
-        self.layers = [mx.zeros((0, 2 * heads, 0, head_width), dtype=dtype) for _ in range(layers)]
+        self.layers = [mx.zeros((0, 0, 2 * heads, head_width), dtype=dtype) for _ in range(layers)]
         self.limit: int | None = None
         """slots that attention looks at, where the caller knows it without asking the device"""
         self._rows = slice(0, 0)
@@ -42,7 +43,7 @@ class KVCache:
 
     @property
     def slots(self) -> int:
-        return self.layers[0].shape[2]
+        return self.layers[0].shape[1]
 
     def bytes_for(self, rows: int, slots: int) -> int:
         return 2 * len(self.layers) * rows * self.heads * slots * self.head_width * self._dtype.size
@@ -59,7 +60,7 @@ class KVCache:
                 f"the key/value cache needs {need / 2**20:,.0f} MiB for {rows} rows of {slots} tokens, and "
                 f"{free / 2**20:,.0f} MiB are free: lower max_context or max_batch"
             )
-        self.layers = [mx.pad(x, [(0, more_rows), (0, 0), (0, more_slots), (0, 0)]) for x in self.layers]
+        self.layers = [mx.pad(x, [(0, more_rows), (0, more_slots), (0, 0), (0, 0)]) for x in self.layers]
         mx.eval(self.layers)
 
     def limit_for(self, first_B: mx.array, tokens: int) -> int:
@@ -89,26 +90,26 @@ class KVCache:
     def write(self, layer: int, both: mx.array) -> tuple[mx.array, mx.array]:
         """``update`` with the keys' heads, then the values': [B, N, 2 H, d]."""
         cache = self.layers[layer]
-        cache[self._row_B1, :, self._slot_BN] = both.astype(self._dtype)
-        seen = cache[self._rows, :, : self._limit]
+        cache[self._row_B1, self._slot_BN] = both.astype(self._dtype)
+        seen = cache[self._rows, : self._limit].transpose(0, 2, 1, 3)
         return seen[:, : self.heads], seen[:, self.heads :]
 
     def move_slots(self, source_BD: mx.array, to_BD: mx.array) -> None:
         """Slot ``to[b, d]`` becomes what slot ``source[b, d]`` was, in every layer; reads all before it writes any."""
         row_B1 = mx.arange(source_BD.shape[0])[:, None]
         for cache in self.layers:
-            cache[row_B1, :, to_BD] = cache[row_B1, :, source_BD]
+            cache[row_B1, to_BD] = cache[row_B1, source_BD]
 
     def copy_prefix(self, source: int, to: int, tokens: int) -> None:
         """The first ``tokens`` slots of row ``to`` become those of row ``source``."""
         for cache in self.layers:
-            cache[to, :, :tokens] = cache[source, :, :tokens]
+            cache[to, :tokens] = cache[source, :tokens]
 
     def swap_rows(self, a: int, b: int, tokens: int) -> None:
         """Exchange the first ``tokens`` slots of two rows."""
         for cache in self.layers:
-            pair = mx.stack([cache[b, :, :tokens], cache[a, :, :tokens]])
-            cache[a, :, :tokens], cache[b, :, :tokens] = pair[0], pair[1]
+            pair = mx.stack([cache[b, :tokens], cache[a, :tokens]])
+            cache[a, :tokens], cache[b, :tokens] = pair[0], pair[1]
 
 
 def free_bytes() -> int:
