@@ -18,7 +18,7 @@ from tests.tiny import VOCAB, make_model
 pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be tested")
 from redrafter.backends.torch.kernels.attention import ancestor_words
 
-PROMPT = torch.arange(3, 24)
+PROMPT = torch.arange(3, 14)
 
 
 def random_tree(nodes: int, bits: bool) -> TokenTree:
@@ -33,9 +33,9 @@ def read(model: Any, trees: list[TokenTree]) -> list[Tensor]:
     target = TorchTarget(model, (0, 1))
     target.cache.reserve(2, 170)
     target.prefill(0, PROMPT, 0)
-    target.prefill(1, PROMPT[:7], 0)
-    target.prefill(1, PROMPT[7:9], 7)
-    lengths, results = torch.tensor([21, 9]), []
+    target.prefill(1, PROMPT[:4], 0)
+    target.prefill(1, PROMPT[4:6], 4)
+    lengths, results = torch.tensor([11, 6]), []
     for tree in trees:
         results.extend(target.verify(tree, lengths))
         path = torch.tensor([[0, 2, 5], [0, 1, 2]]).clamp(max=tree.tokens.shape[1] - 1)

@@ -33,13 +33,13 @@ def fuse_layers(model: Any) -> int:
     swapped = 0
     for index, layer in enumerate(layers):
         weight = next(layer.parameters())
-        if type(layer).__name__ in LAYERS and can_pack(weight.dtype, weight.device) and _is_silu(layer.mlp.act_fn):
+        if type(layer).__name__ in LAYERS and can_pack(weight.dtype, weight.device) and is_silu(layer.mlp.act_fn):
             layers[index] = FusedLayer(layer)
             swapped += 1
     return swapped
 
 
-def _is_silu(activation: Any) -> bool:
+def is_silu(activation: Any) -> bool:
     return activation is F.silu or type(activation).__name__ in ("SiLU", "SiLUActivation")
 
 

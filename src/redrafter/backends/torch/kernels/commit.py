@@ -7,7 +7,7 @@ Letters: L layers, B rows, H KV heads, N tokens, S slots, d head width, D depths
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -93,13 +93,21 @@ def keep_path(keys: Tensor, values: Tensor, lengths_B: Tensor, path_BD: Tensor) 
     )  # fmt: skip
 
 
+class LayerSlots(NamedTuple):
+    """Where a layer's tokens go, and what it attends to."""
+
+    keys: Tensor  # [B, H, S, d]
+    values: Tensor  # the same, with the same strides
+    slots: Tensor  # [B, N] int64
+
+
 class KernelCache(KVCache):
     """KVCache whose writes are one launch each."""
 
-    def layer(self, layer_idx: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values [B, H, limit, d] of the rows that ``place`` named, and the slots of its tokens [B, N]."""
+    def layer(self, layer_idx: int) -> LayerSlots:
+        """The rows, slots and limit that ``place`` named."""
         keys, values = (x[layer_idx, self._rows, :, : self._limit] for x in (self.keys, self.values))
-        return keys, values, self._slot_BN
+        return LayerSlots(keys, values, self._slot_BN)
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         self.check(keys, values, layer_idx)

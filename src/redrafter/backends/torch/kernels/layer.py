@@ -1,0 +1,129 @@
+"""Decoder layers of the Llama kind in six launches: the GPU's fast path. The CPU's is ``fused.py``, the same formulas.
+
+    1 norm, q|k|v, bias                        4 out, residual
+    2 head norms, rotation, cache write        5 norm, gate|up, silu(gate) * up
+    3 attention                                6 down, residual
+
+Where bfloat16 is rounded other than in transformers: a norm's weight multiplies before the division by rms(x)
+(``matmul.few_rows``), and attention's probabilities are rounded before they are normalised (as torch's own kernels do).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from redrafter.backends.torch.attention import KERNEL
+from redrafter.backends.torch.fused import LAYERS, is_silu
+from redrafter.backends.torch.kernels.attention import tree_attention
+from redrafter.backends.torch.kernels.commit import KernelCache
+from redrafter.backends.torch.kernels.matmul import MAX_ROWS, Norm, Workspace, few_rows
+from redrafter.backends.torch.kernels.norms import HeadNorms, add_rms_norm, rope_write, silu_mul
+
+
+def fuse_cuda_layers(model: Any) -> int:
+    """Swap every layer that can be; returns how many were. The model's attention must be ``redrafter_kernel``."""
+    if model.config._attn_implementation != KERNEL:
+        return 0
+    layers = model.base_model.layers
+    workspace = Workspace(next(model.parameters()).device)
+    swapped = 0
+    for index, layer in enumerate(layers):
+        if type(layer).__name__ in LAYERS and is_silu(layer.mlp.act_fn) and layer.mlp.gate_proj.bias is None:
+            layers[index] = FusedCudaLayer(layer, workspace)
+            swapped += 1
+    return swapped
+
+
+class FusedCudaLayer(nn.Module):
+    """Takes the place of a transformers decoder layer inside its model; called as that one is.
+
+    ``workspace`` is shared by all layers of a model: they run one after the other.
+    """
+
+    def __init__(self, layer: Any, workspace: Workspace) -> None:
+        super().__init__()
+        attention, mlp = layer.self_attn, layer.mlp
+        self.layer_idx: int = attention.layer_idx
+        self.width: int = attention.head_dim
+        self.scaling: float = attention.scaling
+        self._workspace = workspace
+        self.input_gain, self._input_eps = _norm(layer.input_layernorm)
+        self.mlp_gain, self._mlp_eps = _norm(layer.post_attention_layernorm)
+        self.q_gain = self.k_gain = None
+        if hasattr(attention, "q_norm"):
+            self.q_gain, self._head_eps = _norm(attention.q_norm)
+            self.k_gain, _ = _norm(attention.k_norm)
+        self.qkv, self.qkv_bias = _join(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.out, self.out_bias = _join(attention.o_proj)
+        self.gate_up, _ = _join(mlp.gate_proj, mlp.up_proj)
+        self.down, self.down_bias = _join(mlp.down_proj)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        cache: KernelCache | None = None,
+        past_key_values: KernelCache | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """[B, N, D] -> [B, N, D]. transformers names the cache ``past_key_values``, in newer releases ``cache``."""
+        store = past_key_values if cache is None else cache
+        assert isinstance(store, KernelCache)
+        rows, nodes, size = hidden_states.shape
+        x = hidden_states.reshape(-1, size)
+        forward = self._few if len(x) <= MAX_ROWS else self._many
+
+        def attend(qkv: Tensor) -> Tensor:
+            y = self._attend(qkv.view(rows, nodes, -1), attention_mask, position_embeddings, store)
+            return y.view(len(x), -1)
+
+        return forward(x, attend).view(rows, nodes, size)
+
+    def _few(self, x: Tensor, attend: Any) -> Tensor:
+        """Bound by the weights' bytes: everything around a product happens in its launch."""
+        workspace = self._workspace
+        y = attend(few_rows(x, self.qkv, self.qkv_bias, norm=Norm(self.input_gain, self._input_eps)))
+        x = few_rows(y, self.out, self.out_bias, residual_MN=x, workspace=workspace)
+        h = few_rows(x, self.gate_up, norm=Norm(self.mlp_gain, self._mlp_eps), gated=True)
+        return few_rows(h, self.down, self.down_bias, residual_MN=x, workspace=workspace)
+
+    def _many(self, x: Tensor, attend: Any) -> Tensor:
+        """Bound by arithmetic: cuBLAS multiplies."""
+        _, n = add_rms_norm(x, None, self.input_gain, self._input_eps)
+        y = F.linear(attend(F.linear(n, self.qkv, self.qkv_bias)), self.out, self.out_bias)
+        x, n = add_rms_norm(x, y, self.mlp_gain, self._mlp_eps)
+        return x + F.linear(silu_mul(F.linear(n, self.gate_up)), self.down, self.down_bias)
+
+    def _attend(self, qkv: Tensor, mask: Tensor, rope: tuple[Tensor, Tensor], store: KernelCache) -> Tensor:
+        """[B, N, (H + 2 Hkv) * d] -> [B, N, H * d]; ``mask`` as for ``attention.kernel_attention``."""
+        stored = store.layer(self.layer_idx)
+        norms = None
+        if self.q_gain is not None and self.k_gain is not None:
+            norms = HeadNorms(self.q_gain, self.k_gain, self._head_eps)
+        q = rope_write(qkv, rope, stored, norms)
+        keys, values, _ = stored
+        if mask.dtype == torch.bool:
+            grouped = q.shape[1] != keys.shape[1]
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=self.scaling, enable_gqa=grouped)
+            return y.transpose(1, 2).reshape(*qkv.shape[:2], -1)
+        lengths_B, words = mask[:, 0, 0, 2], mask[:, 0]
+        return tree_attention(q, keys, values, lengths_B, words, self.scaling, arrived=self._workspace.arrived)
+
+
+def _norm(norm: Any) -> tuple[nn.Parameter, float]:
+    return norm.weight, float(norm.variance_epsilon)
+
+
+def _join(*linears: Any) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """Weight and bias of one product for several with the same input."""
+    if len(linears) == 1:
+        return linears[0].weight, linears[0].bias
+    weight = torch.cat([linear.weight for linear in linears])
+    biases = [linear.bias for linear in linears]
+    bias = None if biases[0] is None else nn.Parameter(torch.cat(biases), requires_grad=False)
+    return nn.Parameter(weight, requires_grad=False), bias

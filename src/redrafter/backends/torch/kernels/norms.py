@@ -1,0 +1,153 @@
+"""What stands between a layer's products: rotary embedding with the cache write, norm with residual, gate.
+
+The eager twins are transformers' own modules. bfloat16 and float16 are rounded where transformers rounds them.
+
+Letters: B rows, N tokens, M = B x N, H heads, Hkv KV heads, d head width, D hidden width, S slots.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from redrafter.backends.torch.kernels.commit import LayerSlots
+
+
+@triton.jit
+def _rounded(x, dtype: tl.constexpr):
+    """float32 rounded to ``dtype`` and back."""
+    return x.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _rope_write(
+    qkv, cos, sin, q_gain, k_gain, slots, q, keys, values, tokens, eps,
+    cos_row, cos_token, slot_row, cache_row, cache_head, cache_slot,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_P: tl.constexpr,
+    TOGETHER: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """A program takes TOGETHER of the q, k and v heads of one token."""
+    dtype = q.dtype.element_ty
+    token = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    head = (tl.program_id(2) * TOGETHER + tl.arange(0, TOGETHER))[:, None]
+    column = tl.arange(0, WIDTH_P)[None, :]
+    half: tl.constexpr = WIDTH // 2
+    partner = tl.where(column < half, column + half, column - half)
+    real = column < WIDTH
+    inside = (head < HEADS + 2 * KV_HEADS) & real
+    is_q = head < HEADS
+    is_k = (head >= HEADS) & (head < HEADS + KV_HEADS)
+    is_v = head >= HEADS + KV_HEADS
+    m = row * tokens + token
+    start = qkv + m * ((HEADS + 2 * KV_HEADS) * WIDTH) + head * WIDTH
+    raw = tl.load(start + column, mask=inside, other=0.0)
+    x = raw.to(tl.float32)
+    turned = tl.load(start + partner, mask=inside & (is_q | is_k), other=0.0).to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps)[:, None]
+        gain = tl.where(is_q, tl.load(q_gain + column, mask=real, other=0.0),
+                        tl.load(k_gain + column, mask=real, other=0.0)).to(tl.float32)  # fmt: skip
+        other = tl.where(is_q, tl.load(q_gain + partner, mask=real, other=0.0),
+                         tl.load(k_gain + partner, mask=real, other=0.0)).to(tl.float32)  # fmt: skip
+        x = _rounded(_rounded(x * scale, dtype) * gain, dtype)
+        turned = _rounded(_rounded(turned * scale, dtype) * other, dtype)
+    turned = tl.where(column < half, -turned, turned)
+    angle = row * cos_row + token * cos_token + column
+    c = tl.load(cos + angle, mask=real, other=0.0).to(tl.float32)
+    s = tl.load(sin + angle, mask=real, other=0.0).to(tl.float32)
+    y = (_rounded(x * c, dtype) + _rounded(turned * s, dtype)).to(dtype)
+    tl.store(q + (m * HEADS + head) * WIDTH + column, y, mask=is_q & real)
+    to = row * cache_row + tl.load(slots + row * slot_row + token) * cache_slot + column
+    tl.store(keys + to + (head - HEADS).to(tl.int64) * cache_head, y.to(keys.dtype.element_ty), mask=is_k & real)
+    to_value = to + (head - HEADS - KV_HEADS).to(tl.int64) * cache_head
+    tl.store(values + to_value, raw.to(values.dtype.element_ty), mask=is_v & inside)
+
+
+class HeadNorms(NamedTuple):
+    """Norms over each head's width before the rotation, as Qwen3 has them."""
+
+    q: Tensor  # [d]
+    k: Tensor  # [d]
+    eps: float
+
+
+def rope_write(qkv: Tensor, rope: tuple[Tensor, Tensor], stored: LayerSlots, norms: HeadNorms | None = None) -> Tensor:
+    """The rotated queries [B, H, N, d], a view of [B, N, H, d]; rotated keys, and values, go to the cache.
+
+    ``qkv`` [B, N, (H + 2 Hkv) * d] contiguous, q first, then k, v; ``rope``: cos and sin [B or 1, N, d], both halves.
+    """
+    rows, tokens, size = qkv.shape
+    keys, values, slot_BN = stored
+    kv_heads, width = keys.shape[1], keys.shape[3]
+    heads = size // width - 2 * kv_heads
+    cos, sin = rope
+    assert qkv.is_contiguous() and keys.stride() == values.stride() and cos.stride() == sin.stride()
+    assert cos.shape[-1] == width and cos.stride(2) == keys.stride(3) == slot_BN.stride(1) == 1
+    q = torch.empty(rows, tokens, heads, width, dtype=qkv.dtype, device=qkv.device)
+    width_padded = triton.next_power_of_2(width)
+    together = max(1, 1024 // width_padded)
+    q_gain, k_gain, eps = norms or (qkv, qkv, 0.0)
+    _rope_write[(tokens, rows, triton.cdiv(heads + 2 * kv_heads, together))](
+        qkv, cos, sin, q_gain, k_gain, slot_BN, q, keys, values, tokens, eps,
+        cos.stride(0) if len(cos) > 1 else 0, cos.stride(1), slot_BN.stride(0), *keys.stride()[:3],
+        HEADS=heads, KV_HEADS=kv_heads, WIDTH=width, WIDTH_P=width_padded, TOGETHER=together,
+        NORM=norms is not None, num_warps=4,
+    )  # fmt: skip
+    return q.transpose(1, 2)
+
+
+@triton.jit
+def _add_rms_norm(
+    x, delta, gain, total, normed, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr
+):  # fmt: skip
+    dtype = x.dtype.element_ty
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    place = tl.program_id(0).to(tl.int64) * WIDTH + column
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        value = _rounded(value + tl.load(delta + place, mask=inside, other=0.0).to(tl.float32), dtype)
+        tl.store(total + place, value.to(dtype), mask=inside)
+    scale = tl.rsqrt(tl.sum(value * value, 0) / WIDTH + eps)
+    weight = tl.load(gain + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normed + place, (_rounded(value * scale, dtype) * weight).to(dtype), mask=inside)
+
+
+def add_rms_norm(x_MD: Tensor, delta_MD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x + delta, its RMS norm times the weight); without ``delta`` x itself and its norm. Contiguous."""
+    width = x_MD.shape[-1]
+    assert x_MD.is_contiguous() and (delta_MD is None or delta_MD.is_contiguous())
+    normed = torch.empty_like(x_MD)
+    total = x_MD if delta_MD is None else torch.empty_like(x_MD)
+    _add_rms_norm[(x_MD.numel() // width,)](
+        x_MD, x_MD if delta_MD is None else delta_MD, weight_D, total, normed, eps,
+        WIDTH=width, BLOCK=triton.next_power_of_2(width), ADD=delta_MD is not None,
+        num_warps=8 if width > 2048 else 4,
+    )  # fmt: skip
+    return total, normed
+
+
+@triton.jit
+def _silu_mul(gate_up, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    dtype = y.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    gate = tl.load(gate_up + row * 2 * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * WIDTH + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    gate = _rounded(gate / (1.0 + tl.exp(-gate)), dtype)
+    tl.store(y + row * WIDTH + column, (gate * up).to(dtype), mask=inside)
+
+
+def silu_mul(gate_up_MF: Tensor) -> Tensor:
+    """silu(first half) * second half of the last axis of [M, 2 F]: [M, F]."""
+    rows, double = gate_up_MF.shape
+    assert gate_up_MF.is_contiguous()
+    y = torch.empty(rows, double // 2, dtype=gate_up_MF.dtype, device=gate_up_MF.device)
+    _silu_mul[(rows, triton.cdiv(double // 2, 1024))](gate_up_MF, y, WIDTH=double // 2, BLOCK=1024, num_warps=4)
+    return y

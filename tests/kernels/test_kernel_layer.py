@@ -1,0 +1,47 @@
+"""Fused layers against transformers' own, of a verified tree and of a prompt."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from redrafter.backends.torch.attention import FAST, KERNEL
+from tests.kernels.test_kernel_target import random_tree, read
+from tests.tiny import make_model
+
+pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be tested")
+from redrafter.backends.torch.kernels import layer
+from redrafter.backends.torch.kernels.layer import FusedCudaLayer, fuse_cuda_layers
+
+TREES = [random_tree(4, True), random_tree(1, False)]
+
+
+def compare(fused: object, twin: object, trees: list) -> None:
+    for a, b in zip(read(fused, trees), read(twin, trees), strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_a_fused_layer_computes_what_its_twin_computes(family: str) -> None:
+    twin, fused = make_model(family, FAST), make_model(family, KERNEL)
+    for model in (twin, fused):
+        for name, p in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                torch.nn.init.normal_(p, 1, 0.3, generator=torch.Generator().manual_seed(len(name)))
+    assert fuse_cuda_layers(fused) == 3
+    assert all(isinstance(x, FusedCudaLayer) for x in fused.base_model.layers)
+    compare(fused, twin, TREES)
+
+
+def test_more_rows_than_the_products_of_few_rows_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer, "MAX_ROWS", 1)
+    fused = make_model("llama", KERNEL)
+    assert fuse_cuda_layers(fused) == 3
+    compare(fused, make_model("llama", FAST), TREES)
+
+
+def test_what_has_another_structure_is_left_alone() -> None:
+    assert fuse_cuda_layers(make_model("gemma2", KERNEL)) == 0
+    assert fuse_cuda_layers(make_model("llama", KERNEL, mlp_bias=True)) == 0
+    assert fuse_cuda_layers(make_model("llama", KERNEL, hidden_act="gelu")) == 0
+    assert fuse_cuda_layers(make_model("llama", FAST)) == 0
