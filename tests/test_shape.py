@@ -1,4 +1,4 @@
-"""The program picks the shape with the most tokens per second, and plain decoding when nothing beats it."""
+"""Shapes are timed at start-up, and an engine that adapts says what plain decoding says."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import pytest
 
 from redrafter import shape
 from redrafter.backends.torch.load import TorchBackend
+from redrafter.engine import Engine
 from redrafter.load import known_shapes
-from redrafter.params import PLAIN, DecodeConfig
-from redrafter.shape import Candidate, pick_shape
-from tests.tiny import make_backend
+from redrafter.params import PLAIN, DecodeConfig, SamplingParams
+from redrafter.policy import Adaptive, Candidate, Timed
+from redrafter.shape import time_shapes
+from tests.tiny import make_backend, run_all
 
 SMALL = DecodeConfig(beam_width=2, branching=2, draft_length=2, tree_size=4)
+PROMPTS = [[5, 17, 33, 8], [41, 12, 60]]
 LARGE = DecodeConfig(beam_width=4, branching=4, draft_length=6, tree_size=24)
 
 
@@ -26,29 +29,37 @@ def with_times(monkeypatch: pytest.MonkeyPatch, seconds: dict[int, list[float]])
     monkeypatch.setattr(shape, "_one_step", lambda backend, config, length: next(rounds[config.tree_size]))
 
 
+def test_the_median_counts_and_the_first_round_warms_up(backend: TorchBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {1: 1.0, 4: 1.2, 24: 3.0}
+    with_times(monkeypatch, {size: [99.0, t, 50.0, t] for size, t in times.items()})
+    timed = time_shapes(backend, [Candidate(SMALL, 2.0), Candidate(LARGE, 3.0)])
+    assert timed == [Timed(PLAIN, 1.0, 1.0), Timed(SMALL, 2.0, 1.2), Timed(LARGE, 3.0, 3.0)]
+
+
 @pytest.mark.parametrize(
     ("plain", "small", "large", "best"),
     [(1.0, 1.2, 3.0, SMALL), (1.0, 1.2, 1.5, LARGE), (1.0, 2.5, 4.0, PLAIN)],
 )
-def test_tokens_per_second_decide(
-    backend: TorchBackend,
-    monkeypatch: pytest.MonkeyPatch,
-    plain: float,
-    small: float,
-    large: float,
-    best: DecodeConfig,
-) -> None:
-    # The first round warms up and one of three is an outlier: neither may count.
-    times = {1: plain, 4: small, 24: large}
-    with_times(monkeypatch, {size: [99.0, t, 50.0, t] for size, t in times.items()})
-    ranked = pick_shape(backend, [Candidate(SMALL, 2.0), Candidate(LARGE, 3.0)])
-    assert ranked[0].config == best
-    assert [t.tokens_per_second for t in ranked] == sorted((t.tokens_per_second for t in ranked), reverse=True)
+def test_tokens_per_second_decide(plain: float, small: float, large: float, best: DecodeConfig) -> None:
+    policy = Adaptive([Timed(PLAIN, 1.0, plain), Timed(SMALL, 2.0, small), Timed(LARGE, 3.0, large)])
+    assert policy.shapes[0] == policy.choose(1) == best
 
 
 def test_real_steps_are_timed(backend: TorchBackend) -> None:
-    ranked = pick_shape(backend, [Candidate(SMALL, 2.0), Candidate(LARGE, 3.0)], repeats=1)
-    assert len(ranked) == 3 and all(t.step_seconds > 0 for t in ranked)
+    timed = time_shapes(backend, [Candidate(SMALL, 2.0), Candidate(LARGE, 3.0)], repeats=1)
+    assert len(timed) == 3 and all(t.step_seconds > 0 for t in timed)
+
+
+def test_an_engine_that_adapts_gives_the_ids_of_plain_decoding(backend: TorchBackend) -> None:
+    """The random drafter accepts nothing, so the shapes change on the way."""
+    policy = Adaptive([Timed(PLAIN, 1.0, 1.0), Timed(SMALL, 2.0, 1.2), Timed(LARGE, 3.0, 1.5)])
+    engine = Engine(backend, policy, max_batch=2)
+    params = [SamplingParams(max_new_tokens=60, ignore_eos=True)] * 2
+    found = run_all(engine, PROMPTS, params)
+    plain = run_all(engine.without_speculation(), PROMPTS, params)
+    assert [ids for ids, _ in found] == [ids for ids, _ in plain]
+    used = {line.config for line in policy.table() if line.rows == 2 and line.observed}
+    assert used and sum(stats.drafted_steps for _, stats in found) > 0
 
 
 def test_shapes_come_from_the_drafters_figures() -> None:

@@ -14,9 +14,18 @@ from redrafter.engine import Backend, Engine
 from redrafter.errors import InvalidRequest
 from redrafter.models import ModelFiles, check_supported
 from redrafter.params import MAX_TREE, PLAIN, DecodeConfig, from_mapping
-from redrafter.shape import Candidate, pick_shape
+from redrafter.policy import Adaptive, Candidate
+from redrafter.shape import time_shapes
 
 BACKENDS = ("auto", "torch", "mlx")
+
+UNMEASURED = [
+    Candidate(DecodeConfig(beam_width=4, branching=4, draft_length=3, tree_size=8), 2.2),
+    Candidate(DecodeConfig(beam_width=4, branching=4, draft_length=5, tree_size=16), 2.5),
+    Candidate(DecodeConfig(beam_width=4, branching=4, draft_length=8, tree_size=32), 2.7),
+    Candidate(DecodeConfig(), 2.8),
+]
+"""Shapes of a drafter that says nothing about itself, with a first guess of its tokens per step."""
 
 
 def load(
@@ -31,8 +40,9 @@ def load(
     config: DecodeConfig | None = None,
     threads: int | None = None,
 ) -> Engine:
-    """An engine over the files of a model and of its drafter. Without ``config`` the beam shape is picked by timing
-    the shapes whose tokens per step the drafter's metadata names (``shape.py``)."""
+    """An engine over the files of a model and of its drafter. Without ``config`` every step takes the shape that
+    promises most: the shapes whose tokens per step the drafter's metadata names are timed here, then their times and
+    their acceptance are learnt (``policy.Adaptive``)."""
     chosen = pick_backend(backend)
     if threads is not None:
         _set_threads(chosen, threads)
@@ -40,10 +50,10 @@ def load(
         opened = _open_mlx(files, drafter, dtype, device, max_context)
     else:
         opened = _open_torch(files, drafter, dtype, device, max_context, max_batch)
-    if config is None and drafter is not None:
-        candidates = known_shapes(read_config(drafter).get("metadata") or {})
-        config = pick_shape(opened, candidates)[0].config if candidates else DecodeConfig()
-    return Engine(opened, config or PLAIN, max_batch)
+    if config is not None or drafter is None:
+        return Engine(opened, config or PLAIN, max_batch)
+    candidates = known_shapes(read_config(drafter).get("metadata") or {}) or UNMEASURED
+    return Engine(opened, Adaptive(time_shapes(opened, candidates)), max_batch)
 
 
 def pick_backend(name: str) -> str:

@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
+from itertools import pairwise
+from typing import NamedTuple, Protocol
 
-from redrafter.params import DecodeConfig
+import numpy as np
+
+from redrafter.params import PLAIN, DecodeConfig
+
+HYSTERESIS = 0.02
+"""A shape must promise so much more than the one in use."""
+PROBE_EVERY = 64
+"""Steps from one try of another shape to the next, 1.6 % of them."""
+FIRST_PROBE = 16
+"""The same when a number of rows is met for the first time."""
+PROBE_RATE = 0.85
+"""Shapes below this share of the best one's expected rate are not tried."""
+PLAIN_PROBE_EVERY, PLAIN_PROBE_MOST = 32, 256
+"""The same where plain decoding is in use: two steps each time, after pauses that double."""
+HOPELESS_PROBE_EVERY = 1024
+"""The same where the drafter would not pay even if it did what it did when it was measured."""
+COST_GAIN = 0.1
+"""How far an observed time moves what is believed."""
+START_WEIGHT = 3
+"""The times measured at start-up count as so many steps."""
+OUTLIER = 2.0
+"""A time further off than this factor is believed no more than that."""
+YIELD_STEPS = 48
+"""Steps over which acceptance is averaged."""
+PRIOR_STEPS = 4.0
+RECHECK_STEPS = 8.0
+"""What was seen before speculation was turned off counts as at most so many steps when it is tried again."""
+GRID_STEP, GRID_HALF = 1.06, 60
+"""The learnt exponent is one of GRID_STEP^k, |k| <= GRID_HALF: 0.03 to 33."""
 
 
 class Policy(Protocol):
@@ -20,6 +50,9 @@ class Policy(Protocol):
         """A step's outcome: drafted tokens accepted, per request still running. ``seconds``: what the step took; None
         where other work, such as reading a prompt, ran in between."""
 
+    def table(self) -> list[Forecast]:
+        """What the choices rest on; empty if they rest on nothing learnt."""
+
 
 class Fixed:
     """Always the same shape."""
@@ -32,3 +65,288 @@ class Fixed:
 
     def observe(self, config: DecodeConfig, accepted: Sequence[int], seconds: float | None) -> None:
         """Nothing to learn."""
+
+    def table(self) -> list[Forecast]:
+        return []
+
+
+class Candidate(NamedTuple):
+    config: DecodeConfig
+    tokens_per_step: float
+    """what the drafter reached with it when it was measured, the bonus token counted"""
+
+
+class Timed(NamedTuple):
+    config: DecodeConfig
+    tokens_per_step: float
+    step_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens_per_step / self.step_seconds
+
+
+class Forecast(NamedTuple):
+    """A line of the table that an adaptive policy decides by. ``rows``: at most so many, more than half."""
+
+    rows: int
+    config: DecodeConfig
+    step_seconds: float
+    tokens_per_step: float
+    observed: int
+    """steps that the seconds were learnt from; 0: they are an estimate from other shapes"""
+    chosen: bool
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Per request."""
+        return self.tokens_per_step / self.step_seconds
+
+
+class Adaptive:
+    """The shape with the most expected tokens per second, learnt step by step: plain decoding competes, so that a
+    drafter that does not pay is not used, and a small share of steps tries what may have become better.
+
+    ``timed``: every shape and ``PLAIN`` as measured for one request (``shape.py``). It reads no clock and draws no
+    random numbers: its choices follow from what it observes.
+    """
+
+    def __init__(self, timed: Sequence[Timed]) -> None:
+        ranked = sorted(timed, key=lambda t: -t.tokens_per_second)
+        self.shapes = tuple(t.config for t in ranked)
+        self._plain = self.shapes.index(PLAIN)
+        self._costs = _Costs(self.shapes, [t.step_seconds for t in ranked])
+        self._yields = _Yields(self.shapes, [t.tokens_per_step for t in ranked])
+        self._current: dict[int, int] = {}
+        self._steps = 0
+        self._next_probe = PROBE_EVERY
+        self._pause = PLAIN_PROBE_EVERY
+        self._burst: deque[int] = deque()
+        self._before = -1
+        """the shape of the last step observed"""
+
+    def choose(self, rows: int) -> DecodeConfig:
+        self._steps += 1
+        bucket = bucket_of(rows)
+        seconds, tokens = self._costs.of(bucket), self._yields.tokens
+        if bucket not in self._current:  # how plain decoding does with so many rows is soon to be seen
+            self._next_probe = min(self._next_probe, self._steps + FIRST_PROBE)
+        rates = [t / s for t, s in zip(tokens, seconds, strict=True)]
+        best = max(range(len(rates)), key=rates.__getitem__)
+        current = self._current.get(bucket, best)
+        if rates[best] > rates[current] * (1 + HYSTERESIS):
+            if current == self._plain:  # speculation is back: look again soon should it end again
+                self._pause = PLAIN_PROBE_EVERY
+            current = best
+        self._current[bucket] = current
+        if not self._burst and self._steps >= self._next_probe:
+            self._plan_probe(bucket, current, rates)
+        return self.shapes[self._burst.popleft() if self._burst else current]
+
+    def _plan_probe(self, bucket: int, current: int, rates: list[float]) -> None:
+        """Beside plain decoding: the most promising shape, for two steps, since the drafter has to catch up in the
+        first; more and more rarely while it fails. Beside another shape: one step of what was not seen for longest."""
+        others = [i for i in range(len(rates)) if i != current]
+        if current == self._plain:
+            seconds, known = self._costs.of(bucket), self._yields.known
+            best = max(others, key=lambda i: known[i] / seconds[i], default=current)
+            hopeless = known[best] / seconds[best] < rates[current]
+            self._next_probe = self._steps + self._pause
+            self._pause = HOPELESS_PROBE_EVERY if hopeless else min(2 * self._pause, PLAIN_PROBE_MOST)
+            # Old evidence says little about now: a few good steps in a row must be able to turn speculation on.
+            self._yields.trust_at_most(RECHECK_STEPS)
+            self._burst.extend([best, best])
+            return
+        self._next_probe = self._steps + PROBE_EVERY
+        if not self._costs.observed(bucket, self._plain):
+            self._burst.extend([self._plain, self._plain])
+            return
+        close = [i for i in others if rates[i] > PROBE_RATE * rates[current]]
+        if close:
+            self._burst.append(min(close, key=lambda i: self._costs.last_seen(bucket, i)))
+
+    def observe(self, config: DecodeConfig, accepted: Sequence[int], seconds: float | None) -> None:
+        if not accepted:
+            return
+        index = self.shapes.index(config)
+        caught_up = self._before != self._plain or index == self._plain
+        self._before = index
+        if index != self._plain:
+            self._yields.observe(index, sum(accepted) / len(accepted))
+        if seconds is not None and caught_up:
+            self._costs.observe(len(accepted), index, seconds)
+
+    def table(self) -> list[Forecast]:
+        """What is believed now, for every number of rows met so far."""
+        found = []
+        for bucket in self._costs.buckets:
+            seconds, current = self._costs.of(bucket), self._current.get(bucket)
+            for i, (config, tokens) in enumerate(zip(self.shapes, self._yields.tokens, strict=True)):
+                count = self._costs.observed(bucket, i)
+                found.append(Forecast(bucket, config, seconds[i], tokens, count, i == current))
+        return found
+
+
+def bucket_of(rows: int) -> int:
+    """The power of two at or above: steps of 5 to 8 requests share what they teach."""
+    return 1 << max(0, rows - 1).bit_length()
+
+
+class _Costs:
+    """Seconds of a step by (bucket, shape): measured for one row, elsewhere first guessed, then learnt."""
+
+    def __init__(self, shapes: Sequence[DecodeConfig], seconds: Sequence[float]) -> None:
+        self._nodes = [shape.tree_size for shape in shapes]
+        self._one_row = list(seconds)
+        self._drafting = _drafting_seconds(shapes, seconds)
+        self._seconds: dict[int, list[float]] = {1: list(seconds)}
+        self._observed: dict[int, list[int]] = {1: [START_WEIGHT] * len(shapes)}
+        self._seen: dict[int, list[int]] = {}
+        self._ran: set[tuple[int, int]] = set()
+        self._time = 0
+
+    @property
+    def buckets(self) -> list[int]:
+        return sorted(self._seconds)
+
+    def of(self, bucket: int) -> list[float]:
+        if bucket not in self._seconds:
+            self._seconds[bucket] = [0.0] * len(self._nodes)
+            self._observed[bucket] = [0] * len(self._nodes)
+            self._guess(bucket)
+        return self._seconds[bucket]
+
+    def _guess(self, bucket: int) -> None:
+        """What was never seen: the shape's own time for one row, and as much more as so many nodes take more."""
+        curve = self._curve()
+        for i, nodes in enumerate(self._nodes):
+            if not self._observed[bucket][i]:
+                more = _at(curve, bucket * nodes) - _at(curve, nodes)
+                self._seconds[bucket][i] = self._one_row[i] + more
+
+    def _curve(self) -> list[tuple[int, float]]:
+        """Seconds without drafting over nodes of all rows together, from what was seen so far, made monotone."""
+        points = sorted(
+            (bucket * nodes, seconds - drafting)
+            for bucket, values in self._seconds.items()
+            for nodes, seconds, drafting, count in zip(
+                self._nodes, values, self._drafting, self._observed[bucket], strict=True
+            )
+            if count
+        )
+        curve: dict[int, float] = {}
+        highest = 0.0
+        for nodes, seconds in points:
+            highest = curve[nodes] = max(highest, seconds)
+        return list(curve.items())
+
+    def observed(self, bucket: int, index: int) -> int:
+        return self._observed[bucket][index]
+
+    def last_seen(self, bucket: int, index: int) -> int:
+        return self._seen.get(bucket, [-1] * len(self._nodes))[index]
+
+    def observe(self, rows: int, index: int, seconds: float) -> None:
+        """Move the shape's time towards ``seconds``; a machine that slows down slows the other shapes too."""
+        bucket = bucket_of(rows)
+        values, counts = self.of(bucket), self._observed[bucket]
+        self._time += 1
+        self._seen.setdefault(bucket, [-1] * len(values))[index] = self._time
+        if (rows, index) not in self._ran:  # the first of its kind may have compiled or recorded something
+            self._ran.add((rows, index))
+            return
+        ratio = seconds / values[index]
+        if counts[index]:
+            ratio = min(max(ratio, 1 / OUTLIER), OUTLIER)
+        counts[index] += 1
+        gain = max(COST_GAIN, 1 / counts[index])
+        values[index] *= ratio**gain
+        others = ratio ** (COST_GAIN / 2)
+        for i, count in enumerate(counts):
+            if i != index and count:
+                values[i] *= others
+        if 0 in counts and counts[index].bit_count() == 1:  # now and then: 1, 2, 4, 8, .. times seen
+            self._guess(bucket)
+
+
+def _drafting_seconds(shapes: Sequence[DecodeConfig], seconds: Sequence[float]) -> list[float]:
+    """The part of each shape's time that grows with its draft length, a least-squares fit of 1, nodes and length."""
+    lengths = np.array([shape.draft_length if shape.speculative else 0 for shape in shapes], dtype=float)
+    columns = np.stack([np.ones(len(shapes)), np.array([shape.tree_size for shape in shapes]), lengths], 1)
+    slope = float(np.linalg.lstsq(columns, np.array(seconds), rcond=None)[0][2])
+    most = [max(0.0, s - min(seconds)) for s in seconds]
+    return [min(max(0.0, slope * n), m) for n, m in zip(lengths.tolist(), most, strict=True)]
+
+
+def _at(curve: Sequence[tuple[int, float]], nodes: int) -> float:
+    """The curve at so many nodes; behind its end it goes on as steeply as it went from its first point to it."""
+    for (n0, s0), (n1, s1) in pairwise(curve):
+        if nodes <= n1:
+            return s0 + (s1 - s0) * max(0, nodes - n0) / (n1 - n0)
+    (first, low), (last, high) = curve[0], curve[-1]
+    slope = (high - low) / (last - first) if last > first else high / last
+    return high + slope * max(0, nodes - last)
+
+
+class _Yields:
+    """Expected tokens per step of every shape, from what each once reached and what is accepted now.
+
+    A shape that reached t tokens with drafts of length L stands for an acceptance a per depth: a + a^2 + .. + a^L =
+    t - 1. Text that is harder or easier for the drafter turns every a into a^g; g is the one number learnt, such that
+    the last steps' accepted tokens come out, whichever shapes they had.
+    """
+
+    def __init__(self, shapes: Sequence[DecodeConfig], tokens: Sequence[float]) -> None:
+        lengths = [shape.draft_length if shape.speculative else 0 for shape in shapes]
+        base = [_acceptance(t - 1, length) for t, length in zip(tokens, lengths, strict=True)]
+        self._grid = [
+            [1 + _accepted(a**g, length) for a, length in zip(base, lengths, strict=True)]
+            for g in (GRID_STEP**k for k in range(-GRID_HALF, GRID_HALF + 1))
+        ]
+        self._at = GRID_HALF
+        self.known = self._grid[GRID_HALF]
+        usual = next((i for i, length in enumerate(lengths) if length), 0)
+        # What the drafter once reached counts as a few steps.
+        self._weights = [0.0] * len(shapes)
+        self._weights[usual] = PRIOR_STEPS
+        self._accepted = PRIOR_STEPS * (self.known[usual] - 1)
+
+    @property
+    def tokens(self) -> list[float]:
+        return self._grid[self._at]
+
+    def trust_at_most(self, steps: float) -> None:
+        total = sum(self._weights)
+        if total > steps:
+            self._keep(steps / total)
+
+    def _keep(self, share: float) -> None:
+        self._weights = [w * share for w in self._weights]
+        self._accepted *= share
+
+    def observe(self, index: int, accepted: float) -> None:
+        self._keep(1 - 1 / YIELD_STEPS)
+        self._weights[index] += 1
+        self._accepted += accepted
+        while self._at + 1 < len(self._grid) and self._expected(self._at) > self._accepted:
+            self._at += 1
+        while self._at > 0 and self._expected(self._at - 1) <= self._accepted:
+            self._at -= 1
+
+    def _expected(self, at: int) -> float:
+        return sum(w * (t - 1) for w, t in zip(self._weights, self._grid[at], strict=True))
+
+
+def _accepted(a: float, length: int) -> float:
+    return sum(a**depth for depth in range(1, length + 1))
+
+
+def _acceptance(accepted: float, length: int) -> float:
+    """a in (0, 1) with a + .. + a^length = ``accepted``, by bisection; 0 for plain decoding."""
+    if not length:
+        return 0.0
+    low, high = 0.0, 0.999
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _accepted(middle, length) < accepted else (low, middle)
+    return high

@@ -1,8 +1,7 @@
-"""Which beam shape to decode with: the drafter's known tokens per step over the step times of this machine.
+"""What a step of each beam shape costs on this machine, measured once at start-up for one request.
 
-How many tokens a step yields depends on the texts and was measured when the drafter was trained; what a step costs
-depends on the machine and is measured here, once, at start-up. Their ratio picks the shape; plain decoding competes
-under the same rule, so a drafter that does not pay is not used.
+How many tokens a step yields depends on the texts and was measured when the drafter was trained; their ratio ranks the
+shapes, and plain decoding with them. From there on the policy learns (``policy.Adaptive``).
 """
 
 from __future__ import annotations
@@ -10,32 +9,17 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from redrafter.engine import Backend, first_state
 from redrafter.params import PLAIN, DecodeConfig
+from redrafter.policy import Candidate, Timed
 
 PROBE_TOKENS = 192
 """Cached tokens while timing: a question and half an answer."""
 
 
-class Candidate(NamedTuple):
-    config: DecodeConfig
-    tokens_per_step: float
-
-
-class Timed(NamedTuple):
-    config: DecodeConfig
-    tokens_per_step: float
-    step_seconds: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens_per_step / self.step_seconds
-
-
-def pick_shape(backend: Backend, candidates: Sequence[Candidate], repeats: int = 3) -> list[Timed]:
-    """Every candidate and plain decoding with their measured step time, the fastest first.
+def time_shapes(backend: Backend, candidates: Sequence[Candidate], repeats: int = 3) -> list[Timed]:
+    """Plain decoding and every candidate with their measured step time.
 
     Interleaved, so that a machine that slows down slows all of them; the median of ``repeats`` steps counts.
     """
@@ -47,8 +31,7 @@ def pick_shape(backend: Backend, candidates: Sequence[Candidate], repeats: int =
     for _ in range(repeats + 1):  # the first round warms up
         for times, candidate in zip(seconds, all_candidates, strict=True):
             times.append(_one_step(backend, candidate.config, tokens))
-    timed = [Timed(*c, statistics.median(t[1:])) for c, t in zip(all_candidates, seconds, strict=True)]
-    return sorted(timed, key=lambda t: -t.tokens_per_second)
+    return [Timed(*c, statistics.median(t[1:])) for c, t in zip(all_candidates, seconds, strict=True)]
 
 
 def _one_step(backend: Backend, config: DecodeConfig, length: int) -> float:
@@ -56,6 +39,6 @@ def _one_step(backend: Backend, config: DecodeConfig, length: int) -> float:
     state = first_state(backend, config, backend.prefill(0, []), root=1, length=length)
     backend.synchronize()
     started = time.perf_counter()
-    _, accepted, _ = backend.step(state, config)
-    backend.host(accepted.tokens)
+    _, accepted, tree = backend.step(state, config)
+    backend.read(backend.fetch(accepted, tree))
     return time.perf_counter() - started
