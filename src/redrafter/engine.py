@@ -22,7 +22,7 @@ from redrafter.errors import InvalidRequest, NonFiniteLogits, Overloaded, Redraf
 from redrafter.params import PLAIN, DecodeConfig, SamplingParams
 from redrafter.policy import Fixed, Policy
 from redrafter.prefix import Prefixes
-from redrafter.requests import EngineLoad, Event, Request, RequestStatistics
+from redrafter.requests import EngineLoad, Event, Request, RequestStatistics, StepTree
 
 __all__ = ["Backend", "Engine", "EngineLoad", "Event", "RequestStatistics", "SamplingHistory", "first_state"]
 
@@ -178,6 +178,7 @@ class Engine:
         assert (self._state is None) == (count == 0)
         assert self._state is None or all(x.shape[0] == count for x in (self._state.root, *self._state.reading))
         taken = set(range(count)) | ({self._prefilling.row} if self._prefilling else set())
+        assert len(taken) == count + (self._prefilling is not None), "a prompt is read into a running request's row"
         assert not taken & set(self.backend.held), "a row in use is named as free"
         assert max((*taken, *self.backend.held), default=-1) < max(self.backend.rows, count)
         assert len(self._flights) <= (1 if self.backend.run_ahead else 0)
@@ -307,14 +308,14 @@ class Engine:
             request.cached += 1 + outcome.accepted[row]
             request.statistics.seconds = now - request.added
             request.statistics.count_step(config, outcome.accepted[row], outcome.nodes[row], outcome.unmerged[row])
-            self._emit(request, outcome, row)
+            self._emit(request, outcome, row, config)
             if request.ended:
                 ended.append(request)
         self.policy.observe(config, accepted, seconds)
         if ended:
             self._leave(ended)
 
-    def _emit(self, request: Request, outcome: Outcome, row: int) -> None:
+    def _emit(self, request: Request, outcome: Outcome, row: int, config: DecodeConfig) -> None:
         if not outcome.finite[row]:
             error = NonFiniteLogits(
                 f"request {request.request_id!r}: the model's logits after {len(request.answer_ids)} tokens are "
@@ -327,8 +328,10 @@ class Engine:
         kept, reason = request.take(outcome.tokens[row][: drafted + 1])
         request.ended = reason is not None
         logprobs = request.logprobs(outcome, row, len(kept))
-        drafted = min(drafted, len(kept))
-        self._events.append(Event(request.request_id, tuple(kept), drafted, reason, None, request.statistics, logprobs))
+        agreed = outcome.tokens[row][:drafted]
+        tree = StepTree(outcome.trees[row], outcome.nodes[row], agreed) if config.speculative else None
+        told = (request.statistics, logprobs, tree)
+        self._events.append(Event(request.request_id, tuple(kept), min(drafted, len(kept)), reason, None, *told))
 
     def _leave(self, ended: list[Request]) -> None:
         """Free the rows of these running requests; the last ones take their places."""
