@@ -43,12 +43,14 @@ class Compiled:
         names = self.kernel.arg_names
         given = {**dict(zip(names, values, strict=False)), **named}
         signature, constants = {}, {}
-        for place, name in enumerate(names):
-            value = given.pop(name)
-            if name in named:
+        for place, parameter in enumerate(self.kernel.params):
+            name, value = parameter.name, given.pop(parameter.name)
+            if parameter.is_constexpr:
                 signature[name], constants[(place,)] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[name] = TYPES[value.dtype]
             else:
-                signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+                signature[name] = "fp32" if isinstance(value, float) else "i32"
         assert not given, f"{self.kernel.__name__} has no arguments {list(given)}"
         source = ASTSource(self.kernel, signature, constants)
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

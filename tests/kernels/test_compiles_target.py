@@ -1,0 +1,60 @@
+"""The kernels of the target's side compile for a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be compiled")
+from redrafter.backends.torch.kernels import attention, commit, norms
+from tests.kernels.test_compiles import Compiled
+
+KERNELS = [
+    (attention, "_tree_attention"),
+    (commit, "_write"),
+    (commit, "_keep_path"),
+    (norms, "_rope_write"),
+    (norms, "_add_rms_norm"),
+    (norms, "_silu_mul"),
+]
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> list[str]:
+    names: list[str] = []
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for module, name in KERNELS:
+        monkeypatch.setattr(module, name, Compiled(getattr(module, name), names))
+    return names
+
+
+@pytest.mark.parametrize(
+    ("dtype", "nodes", "width", "softcap"),
+    [
+        (torch.bfloat16, 1, 128, None),
+        (torch.bfloat16, 64, 64, None),
+        (torch.float16, 64, 256, 30.0),
+        (torch.float32, 64, 128, None),
+    ],
+)
+def test_attention_compiles(done: list[str], dtype: torch.dtype, nodes: int, width: int, softcap: float | None) -> None:
+    q, k = torch.zeros(1, 4, nodes, width, dtype=dtype), torch.zeros(1, 2, 900, width, dtype=dtype)
+    words, length = torch.zeros(1, nodes, 2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    attention.tree_attention(q, k, k, length, words, 0.1, softcap)
+    assert done == ["_tree_attention"]
+
+
+def test_cache_and_norms_compile(done: list[str]) -> None:
+    cache = commit.KernelCache(2, 2, 64, torch.bfloat16, torch.device("cpu"))
+    cache.reserve(2, 100)
+    cache.place(0, torch.zeros(2, 3, dtype=torch.int64), 100)
+    new = torch.zeros(2, 2, 3, 64, dtype=torch.bfloat16)
+    cache.update(new, new, 1)
+    cache.keep_path(torch.zeros(2, dtype=torch.int64), torch.zeros(2, 9, dtype=torch.int64))
+    qkv, rope = torch.zeros(2, 3, 8 * 64, dtype=torch.bfloat16), torch.zeros(2, 3, 64, dtype=torch.bfloat16)
+    norms.rope_write(qkv, (rope, rope), cache.layer(0), norms.HeadNorms(rope[0, 0], rope[0, 0], 1e-5))
+    norms.add_rms_norm(qkv[0], qkv[1], qkv[0, 0], 1e-5)
+    norms.silu_mul(qkv[0])
+    assert done == ["_write", "_keep_path", "_rope_write", "_add_rms_norm", "_silu_mul"]
