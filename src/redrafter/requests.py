@@ -19,6 +19,8 @@ class RequestStatistics:
     answer_tokens: int = 0
     steps: int = 0
     drafted_steps: int = 0
+    drafted_tokens: int = 0
+    """the draft length of every drafted step, added up"""
     accepted_at_depth: list[int] = field(default_factory=list)
     """[d]: steps that accepted at least d + 1 drafted tokens"""
     tree_nodes: int = 0
@@ -60,6 +62,7 @@ class RequestStatistics:
         self.steps += 1
         if config.speculative:
             self.drafted_steps += 1
+            self.drafted_tokens += config.draft_length
             self.tree_nodes += nodes
             self.unmerged_tokens += unmerged
             depths = self.accepted_at_depth + [0] * (config.draft_length - len(self.accepted_at_depth))
@@ -81,6 +84,35 @@ class TokenLogprobs(NamedTuple):
     """(token id, log-probability) of the most likely tokens, best first"""
 
 
+class StepTree(NamedTuple):
+    """The tree that a step verified, as it came from the device: looked into only by those who show it."""
+
+    packed: Sequence[int]
+    """``Outcome.trees`` of the row"""
+    nodes: int
+    agreed: Sequence[int]
+    """the drafted tokens that the target agreed to"""
+
+    @property
+    def tokens(self) -> list[int]:
+        """Node 0 is the root, the last token of the step before; a parent stands before its children."""
+        return list(self.packed[: self.nodes])
+
+    @property
+    def parent(self) -> list[int]:
+        """Index of each node's parent; the root's is 0."""
+        size = len(self.packed) // 2
+        return list(self.packed[size : size + self.nodes])
+
+    @property
+    def path(self) -> list[int]:
+        """The root and the nodes of ``agreed``. Siblings have distinct tokens, so there is one such path."""
+        tokens, parent, path = self.tokens, self.parent, [0]
+        for token in self.agreed:
+            path.append(next(i for i in range(1, self.nodes) if parent[i] == path[-1] and tokens[i] == token))
+        return path
+
+
 class Event(NamedTuple):
     """What one step did for one request."""
 
@@ -94,6 +126,8 @@ class Event(NamedTuple):
     statistics: RequestStatistics
     logprobs: tuple[TokenLogprobs, ...] | None = None
     """of every token, if the request asked"""
+    tree: StepTree | None = None
+    """of a step that drafted"""
 
 
 @dataclass(eq=False)

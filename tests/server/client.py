@@ -58,6 +58,16 @@ def raw(url: str, data: bytes, timeout: float = 20.0) -> bytes:
     return said
 
 
+def receive_until(connection: socket.socket, wanted: bytes) -> bytes:
+    """What the server says up to the part in which ``wanted`` comes."""
+    said = b""
+    while wanted not in said:
+        part = connection.recv(65536)
+        assert part, f"the server closed the connection after {said!r}"
+        said += part
+    return said
+
+
 def dial(url: str, timeout: float = 20.0) -> socket.socket:
     parts = urlsplit(url)
     return socket.create_connection((parts.hostname, parts.port), timeout)

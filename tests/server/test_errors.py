@@ -185,7 +185,7 @@ def test_a_prompt_over_the_context_is_told_both_numbers(server_url: str) -> None
     error = error_of(response)
     assert response.status_code == 400
     assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
-    assert "the prompt has 404 tokens" in error["message"] and "holds 256" in error["message"]
+    assert "the prompt has 403 tokens" in error["message"] and "holds 256" in error["message"]
 
 
 @pytest.mark.parametrize(

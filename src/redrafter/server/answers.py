@@ -51,7 +51,8 @@ class Answers:
         self.statistics = [RequestStatistics() for _ in jobs]
         self._given_up = False
         self.accepted: list[int] = []
-        """accepted tokens of every drafted step, all answers together"""
+        self.drafted: list[int] = []
+        """accepted and drafted tokens of every drafted step, all answers together"""
         self.arrived = time.perf_counter()
         self.first_token: list[float | None] = [None] * len(jobs)
         self.last_token = [self.arrived] * len(jobs)
@@ -87,6 +88,7 @@ class Answers:
         accepted = sum(now.accepted_at_depth) - sum(before.accepted_at_depth)
         if now.drafted_steps > before.drafted_steps:
             self.accepted.append(accepted)
+            self.drafted.append(now.drafted_tokens - before.drafted_tokens)
         return accepted, max(now.tree_nodes - before.tree_nodes, 1), now.seconds - before.seconds
 
     def _give_up(self, error: RedrafterError) -> None:

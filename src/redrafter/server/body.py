@@ -47,9 +47,7 @@ async def read_body(request: Request, timeout: float) -> bytes:
 
 
 def _too_large() -> ApiError:
-    return ApiError(
-        413, f"the body has more than {MAX_BODY} bytes", code="body_too_large", headers={"Connection": "close"}
-    )
+    return ApiError(413, f"the body has more than {MAX_BODY} bytes", code="body_too_large")
 
 
 def parse(body: bytes, kind: type[T]) -> T:

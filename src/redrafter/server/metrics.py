@@ -64,12 +64,13 @@ class Metrics:
 
     def record(self, answers: Answers) -> None:
         """A request is over, however it ended: every answer of it counts once."""
+        self.prompt_tokens.labels(**self._labels).inc(answers.prompt_tokens)
         for index, completion in enumerate(answers.completions):
             reason = "cancelled" if completion is None else completion.finish_reason
             self.ended.labels(**self._labels, finished_reason=reason).inc()
             stats = answers.statistics[index]
             tokens = stats.answer_tokens if completion is None else len(completion.token_ids)
-            self._count(stats, answers.prompt_tokens, tokens)
+            self._count(stats, tokens)
             first, last = answers.first_token[index], answers.last_token[index]
             if first is not None and completion is not None:
                 decoding = last - first
@@ -87,17 +88,16 @@ class Metrics:
     def corrupt(self) -> None:
         self.corrupted.labels(**self._labels).inc()
 
-    def _count(self, stats: RequestStatistics, prompt_tokens: int, tokens: int) -> None:
+    def _count(self, stats: RequestStatistics, tokens: int) -> None:
         counts = histogram(stats)
         total = sum(counts)
         self.steps.labels(**self._labels).inc(total)
-        self.drafted.labels(**self._labels).inc(total * (len(counts) - 1))
+        self.drafted.labels(**self._labels).inc(stats.drafted_tokens)
         self.accepted.labels(**self._labels).inc(sum(d * n for d, n in enumerate(counts)))
         for position in range(len(counts) - 1):
             reached = sum(counts[position + 1 :])
             self.accepted_at.labels(**self._labels, position=str(position)).inc(reached)
         self.tree_nodes.labels(**self._labels).inc(stats.tree_nodes)
-        self.prompt_tokens.labels(**self._labels).inc(prompt_tokens)
         self.answer_tokens.labels(**self._labels).inc(tokens)
 
     def _counter(self, name: str, text: str, *more: str) -> Counter:

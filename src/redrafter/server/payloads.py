@@ -151,26 +151,25 @@ def histogram(stats: RequestStatistics) -> list[int]:
 def speculative_decoding(
     stats: RequestStatistics, answers: Answers | None = None, steps: bool = False
 ) -> dict[str, Any]:
-    """Acceptance of one request; every number comes from the one histogram.
+    """Acceptance of one request; every number but the drafted tokens comes from the one histogram.
 
     mean_acceptance_length counts the target's own token of each step, so plain decoding has 1.
     """
     counts = histogram(stats)
     total, accepted = sum(counts), sum(d * n for d, n in enumerate(counts))
     length = len(counts) - 1
-    drafted = length * total
     values: dict[str, Any] = {
         "mean_acceptance_length": 1 + accepted / total if total else 1.0,
-        "draft_acceptance_rate": accepted / drafted if drafted else 0.0,
+        "draft_acceptance_rate": accepted / stats.drafted_tokens if stats.drafted_tokens else 0.0,
         "acceptance_histogram": counts,
         "num_spec_steps": total,
         "num_accepted_draft_tokens": accepted,
-        "num_draft_tokens": drafted,
+        "num_draft_tokens": stats.drafted_tokens,
         "num_spec_tokens": length,
     }
     if steps and answers is not None:
         values["per_step_accepted"] = answers.accepted
-        values["per_step_drafted"] = [length] * len(answers.accepted)
+        values["per_step_drafted"] = answers.drafted
     return values
 
 

@@ -29,11 +29,16 @@ BACKLOG = 1024
 """connections that the system holds until they are accepted"""
 
 
+LINGER = 2.0
+"""seconds for which what a refused client still sends is thrown away"""
+
+
 class Protocol(H11Protocol):
     """uvicorn's HTTP/1.1 with errors in our shape, and no patience for headers that never end."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self._refused = False
         self._headers_due = self.loop.call_later(HEADER_TIMEOUT, self._no_headers)
 
     def _no_headers(self) -> None:
@@ -50,7 +55,14 @@ class Protocol(H11Protocol):
         headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
         for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
+        # Closing while the client still sends would take the answer away from it: read on for a moment.
+        self._refused = True
+        self.transport.write_eof()
+        self.loop.call_later(LINGER, self.transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        if not self._refused:
+            super().data_received(data)
 
 
 class Server(uvicorn.Server):

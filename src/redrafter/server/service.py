@@ -139,8 +139,8 @@ class Service:
         if tokens + wanted > limit:
             field = name if tokens >= limit or asked_tokens(request) is None else "max_tokens"
             raise bad_request(
-                f"{field}: the prompt has {tokens} tokens, {wanted} more were asked for, and the context holds {limit}: "
-                "shorten the prompt or ask for fewer",
+                f"{field}: the prompt has {tokens} tokens, {wanted} more were asked for, and the context holds "
+                f"{limit}: shorten the prompt or ask for fewer",
                 field,
                 "context_length_exceeded",
             )

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from redrafter.engine import Engine, EngineLoad, Event, RequestStatistics
 from redrafter.errors import RedrafterError, RequestFailed
 from redrafter.params import PLAIN, DecodeConfig, SamplingParams
-from redrafter.policy import Policy
+from redrafter.policy import Forecast, Policy
 from redrafter.server.errors import overloaded, unavailable
 
 _log = logging.getLogger("redrafter.server")
@@ -46,8 +46,11 @@ class Switch:
         return PLAIN if self.plain else self._policy.choose(rows)
 
     def observe(self, config: DecodeConfig, accepted: Sequence[int], seconds: float | None) -> None:
-        if config in self._known:
+        if config in self._known and not self.plain:
             self._policy.observe(config, accepted, seconds)
+
+    def table(self) -> list[Forecast]:
+        return self._policy.table()
 
 
 Sink = Callable[[Event], None]

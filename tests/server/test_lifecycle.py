@@ -1,0 +1,352 @@
+"""Clients that leave, wait or do not read; a full house; shutting down; engines that fail. Others notice nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx2
+import pytest
+
+from redrafter.errors import OutOfMemory
+from redrafter.server import answers as answers_module
+from tests.server.client import MESSAGES, chat, dial, error_of, events, receive_until, request_bytes
+from tests.server.serving import Running, running, tiny_llm
+
+LONG = {"messages": MESSAGES, "max_tokens": 240, "seed": 1}
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
+    """One row, one place in the queue, and steps of at least 20 ms."""
+    with running(tiny_llm(max_batch=1), max_queue=1) as run:
+        step = run.engine.step
+
+        def slower() -> Any:
+            time.sleep(0.02)
+            return step()
+
+        monkeypatch.setattr(run.engine, "step", slower)
+        yield run
+
+
+def idle(run: Running) -> bool:
+    return run.service.worker.open_requests == 0 and not run.engine.has_work
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_row_within_a_step(slow: Running, stream: bool) -> None:
+    connection = dial(slow.url)
+    connection.sendall(request_bytes({**LONG, "stream": stream}))
+    if stream:
+        receive_until(connection, b"data: ")
+    wait_for(lambda: slow.service.worker.load.running == 1)
+    connection.close()
+    left = time.monotonic()
+    wait_for(lambda: idle(slow))
+    assert time.monotonic() - left < 0.5, "an answer of 240 tokens takes seconds"
+    assert chat(slow.url).status_code == 200
+    slow.engine.check()
+
+
+def test_a_client_that_leaves_the_queue_leaves_the_others_alone(slow: Running) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(chat, slow.url, max_tokens=40)
+        wait_for(lambda: slow.service.worker.load.running == 1)
+        waiting = dial(slow.url)
+        waiting.sendall(request_bytes(LONG))
+        wait_for(lambda: slow.service.worker.open_requests == 2)
+        waiting.close()
+        wait_for(lambda: slow.service.worker.open_requests < 2)
+        assert first.result().json()["usage"]["completion_tokens"] == 40
+    wait_for(lambda: idle(slow))
+
+
+def test_a_full_house_says_so_at_once_and_when_to_come_again(slow: Running) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        taken = [pool.submit(chat, slow.url, max_tokens=60) for _ in range(2)]
+        wait_for(lambda: slow.service.worker.open_requests == 2)
+        asked = time.monotonic()
+        refused = chat(slow.url)
+        assert time.monotonic() - asked < 0.5
+        assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
+        assert error_of(refused)["code"] == "overloaded"
+        several = chat(slow.url, n=3)
+        assert several.status_code == 503
+        assert [t.result().status_code for t in taken] == [200, 200]
+    assert chat(slow.url).status_code == 200
+    assert 'redrafter:admission_rejections_total{engine="0",model_name="tiny",reason="queue_full"} 2.0' in metrics(slow)
+
+
+def metrics(run: Running) -> str:
+    return httpx2.get(run.url + "/metrics").text
+
+
+def test_plain_decoding_waits_for_nobody_and_nobody_waits_for_it(slow: Running) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        drafted = pool.submit(chat, slow.url, max_tokens=40)
+        wait_for(lambda: slow.service.worker.load.running == 1)
+        refused = chat(slow.url, speculation=False)
+        assert refused.status_code == 503 and "plain" in error_of(refused)["message"]
+        assert drafted.result().status_code == 200
+    assert chat(slow.url, speculation=False).json()["metrics"]["speculative_decoding"]["num_spec_steps"] == 0
+
+
+def test_a_client_that_does_not_read_is_cut_off_and_holds_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers_module, "MAX_UNREAD", 20)
+    with running(tiny_llm(context=512)) as run:
+        expected = chat(run.url, max_tokens=60).json()["choices"]
+        stalled = asyncio.Event()
+        writer = run.server.config.app
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            async def stalling(message: Any) -> None:
+                if b"x-stall" in dict(scope["headers"]) and message["type"] == "http.response.body":
+                    await asyncio.wait_for(stalled.wait(), 20)
+                await send(message)
+
+            await writer(scope, receive, stalling if scope["type"] == "http" else send)
+
+        run.server.config.loaded_app = app
+        body = {**LONG, "max_tokens": 400, "stream": True}
+        with ThreadPoolExecutor(1) as pool:
+            late = pool.submit(
+                httpx2.post, run.url + "/v1/chat/completions", json=body, headers={"X-Stall": "1"}, timeout=60
+            )
+            wait_for(lambda: run.service.worker.open_requests == 1)
+            assert chat(run.url, max_tokens=60).json()["choices"] == expected
+            wait_for(lambda: idle(run))
+            run.server.loop.call_soon_threadsafe(stalled.set)
+            told = events(late.result())
+        assert told[-1]["error"]["code"] == "slow_reader"
+        assert len(told) <= 25
+
+
+def test_a_silent_stream_is_kept_alive_with_comments(slow: Running) -> None:
+    object.__setattr__(slow.service.settings, "keep_alive", 0.05)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(chat, slow.url, max_tokens=30)
+        wait_for(lambda: slow.service.worker.load.running == 1)
+        text = chat(slow.url, stream=True, max_tokens=2).text
+        assert first.result().status_code == 200
+    assert text.count(": keep-alive\n\n") >= 2
+    assert text.endswith("data: [DONE]\n\n")
+
+
+def test_shutting_down_lets_running_answers_end() -> None:
+    with running(drain=20.0) as run:
+        with ThreadPoolExecutor(4) as pool:
+            asked = [pool.submit(chat, run.url, stream=index % 2 == 0, max_tokens=100) for index in range(4)]
+            wait_for(lambda: run.service.worker.open_requests == 4)
+            run.stop()
+            responses = [one.result() for one in asked]
+        assert [r.status_code for r in responses] == [200] * 4
+        assert all(events(r)[-1]["choices"][0]["finish_reason"] == "length" for r in responses[::2])
+        with pytest.raises(httpx2.ConnectError):
+            httpx2.get(run.url + "/health")
+
+
+def test_answers_that_take_longer_than_the_drain_end_with_an_error(slow: Running) -> None:
+    object.__setattr__(slow.service.settings, "drain", 0.2)
+    with ThreadPoolExecutor(2) as pool:
+        stream = pool.submit(chat, slow.url, stream=True, max_tokens=240)
+        whole = pool.submit(chat, slow.url, max_tokens=240)
+        wait_for(lambda: slow.service.worker.open_requests == 2)
+        slow.stop()
+        assert events(stream.result())[-1]["error"]["code"] == "unavailable"
+        assert whole.result().status_code == 503
+        assert error_of(whole.result())["code"] == "unavailable"
+
+
+def test_while_draining_nothing_new_is_taken(server: Running) -> None:
+    server.service.draining = True
+    try:
+        assert chat(server.url).status_code == 503
+        assert httpx2.get(server.url + "/ready").status_code == 503
+        assert httpx2.get(server.url + "/health").status_code == 200
+    finally:
+        server.service.draining = False
+    assert chat(server.url).status_code == 200
+
+
+def fail_once(run: Running, error: BaseException, when: Callable[[], bool] = lambda: True) -> None:
+    """The next step of the engine, once ``when``, raises."""
+    step = run.engine.step
+    done = threading.Event()
+
+    def failing() -> Any:
+        if when() and not done.is_set():
+            done.set()
+            raise error
+        return step()
+
+    run.engine.step = failing  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_step_that_raises_ends_its_requests_and_the_next_are_served(stream: bool) -> None:
+    with running() as run:
+        good = chat(run.url).json()["choices"]
+        fail_once(run, ValueError("something private"))
+        response = chat(run.url, stream=stream)
+        if stream:
+            assert events(response)[-1]["error"]["code"] == "engine_error"
+        else:
+            assert response.status_code == 500 and error_of(response)["code"] == "engine_error"
+        assert "private" not in response.text
+        assert chat(run.url).json()["choices"] == good
+        assert httpx2.get(run.url + "/health?deep=1").status_code == 200
+
+
+def test_no_memory_for_one_request_is_told_to_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running() as run:
+        good = chat(run.url).json()["choices"]
+        reserve = run.engine.backend.reserve
+
+        def small(rows: int, tokens: int) -> None:
+            if tokens > 200:
+                raise OutOfMemory("the cache needs 9 GB: 1 GB is free")
+            reserve(rows, tokens)
+
+        monkeypatch.setattr(run.engine.backend, "reserve", small)
+        with ThreadPoolExecutor(2) as pool:
+            beside = pool.submit(chat, run.url)
+            refused = chat(run.url, max_tokens=240)
+            assert beside.result().json()["choices"] == good
+        assert refused.status_code == 503 and "memory" in error_of(refused)["message"]
+
+
+def test_numbers_that_are_not_finite_end_one_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running() as run:
+        good = chat(run.url, max_tokens=30).json()["choices"]
+        read = run.engine.backend.read
+
+        def poisoned(handle: Any) -> Any:
+            outcome = read(handle)
+            bad = [r.params.seed == 666 and len(r.answer_ids) > 3 for r in run.engine._running]
+            return outcome._replace(finite=[ok and not b for ok, b in zip(outcome.finite, bad, strict=True)])
+
+        monkeypatch.setattr(run.engine.backend, "read", poisoned)
+        with ThreadPoolExecutor(2) as pool:
+            beside = pool.submit(chat, run.url, max_tokens=30)
+            bad = chat(run.url, seed=666, max_tokens=30)
+            assert beside.result().json()["choices"] == good
+        assert bad.status_code == 200
+        assert bad.json()["choices"][0]["finish_reason"] == "error"
+        assert 3 < bad.json()["usage"]["completion_tokens"] < 30
+        assert events(chat(run.url, seed=666, stream=True))[-1]["choices"][0]["finish_reason"] == "error"
+        assert 'vllm:corrupted_requests_total{engine="0",model_name="tiny"} 2.0' in metrics(run)
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), MemoryError()])
+def test_the_death_of_the_engine_is_told_to_everybody(error: BaseException) -> None:
+    with running() as run:
+        if isinstance(error, MemoryError):  # the engine does not come back from it: every step raises
+
+            def broken() -> Any:
+                raise error
+
+            run.engine.step = broken  # type: ignore[method-assign]
+        else:
+            fail_once(run, error, lambda: run.service.worker.load.running > 0)
+        with ThreadPoolExecutor(2) as pool:
+            asked = [pool.submit(chat, run.url, stream=stream, max_tokens=200) for stream in (True, False)]
+            stream, whole = (one.result() for one in asked)
+        assert events(stream)[-1]["error"]["type"] == "server_error"
+        assert whole.status_code in (500, 503) and error_of(whole)
+        wait_for(lambda: not run.service.worker.alive)
+        for path in ("/health", "/ready"):
+            response = httpx2.get(run.url + path)
+            assert response.status_code == 503 and error_of(response)["code"] == "unavailable"
+        assert "engine" in error_of(chat(run.url))["message"] and chat(run.url).status_code == 503
+        assert httpx2.get(run.url + "/v1/models").status_code == 200
+
+
+def test_a_step_that_hangs_fails_health(slow: Running) -> None:
+    object.__setattr__(slow.service.settings, "stall_timeout", 0.1)
+    go_on = threading.Event()
+    step = slow.engine.step
+
+    def hanging() -> Any:
+        go_on.wait(20)
+        return step()
+
+    slow.engine.step = hanging  # type: ignore[method-assign]
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(chat, slow.url)
+        wait_for(lambda: httpx2.get(slow.url + "/health").status_code == 503)
+        go_on.set()
+        assert asked.result().status_code == 200
+    assert httpx2.get(slow.url + "/health").status_code == 200
+
+
+def test_a_template_that_takes_too_long_is_given_up(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    object.__setattr__(server.service.settings, "render_timeout", 0.1)
+    encode = server.llm.tokenizer.encode_chat
+    monkeypatch.setattr(server.llm.tokenizer, "encode_chat", lambda messages: time.sleep(0.4) or encode(messages))
+    try:
+        response = chat(server.url)
+        assert response.status_code == 503 and "messages" in error_of(response)["message"]
+    finally:
+        object.__setattr__(server.service.settings, "render_timeout", 10.0)
+    monkeypatch.undo()
+    assert chat(server.url).status_code == 200
+
+
+def test_a_body_that_does_not_come_is_given_up(server: Running) -> None:
+    object.__setattr__(server.service.settings, "body_timeout", 0.1)
+    try:
+        with dial(server.url) as connection:
+            connection.sendall(request_bytes(LONG)[:-10])
+            said = receive_until(connection, b"}}")
+    finally:
+        object.__setattr__(server.service.settings, "body_timeout", 30.0)
+    assert said.startswith(b"HTTP/1.1 408 ")
+    assert json.loads(said.partition(b"\r\n\r\n")[2])["error"]["code"] == "timeout"
+
+
+def test_the_command_serves_until_it_is_told_to_stop() -> None:
+    script = (
+        "import sys; from redrafter.cli import main, options; from tests.server.serving import tiny_llm; "
+        "options.load_llm = lambda *a, **k: tiny_llm(); sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", script, "serve", "--port", "0", "--model-name", "mine"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert process.stderr is not None
+    try:
+        told = [process.stderr.readline().rstrip() for _ in range(4)]
+        assert told[:2] == ["model    mine", "drafter  tiny-drafter"], told
+        address = told[2].split()[1]
+        assert told[3].startswith(f"try      curl {address}/v1/chat/completions ")
+        wait_for(lambda: _up(address))
+        assert chat(address).json()["model"] == "mine"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        log = [json.loads(line) for line in process.stderr.read().splitlines() if line.startswith("{")]
+        assert any(line["message"] == "request" and line.get("answer_tokens") == 8 for line in log)
+    finally:
+        process.kill()
+        process.stderr.close()
+
+
+def _up(address: str) -> bool:
+    try:
+        return httpx2.get(address + "/ready").status_code == 200
+    except httpx2.HTTPError:
+        return False
