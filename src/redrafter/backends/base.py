@@ -65,8 +65,10 @@ class BaseBackend:
     def fetch(self, accepted: Accepted, tree: TokenTree) -> Fetched:
         """One array for one transfer."""
         ops = self.ops
+        rows, width = accepted.tokens.shape
         columns = (accepted.length, ops.sum(accepted.finite[:, None]), ops.sum(tree.live), unmerged_tokens(ops, tree))
-        packed = ops.concat([accepted.tokens, *(column[:, None] for column in columns)], 1)
+        numbers = [*(column[:, None] for column in columns), ops.full((rows, 1), width, like=accepted.tokens)]
+        packed = ops.concat([accepted.tokens, tree.tokens, tree.parent, *numbers], 1)
         return Fetched(packed, None if accepted.logits is None else self._logprobs(accepted.logits, accepted.tokens))
 
     def _logprobs(self, logits_BLV: Array, tokens_BL: Array) -> tuple[Array, Array, Array]:
@@ -78,9 +80,11 @@ class BaseBackend:
 
     def read(self, handle: Fetched) -> Outcome:
         rows = self.host(handle.packed)
-        accepted, finite, nodes, unmerged = ([row[i] for row in rows] for i in (-4, -3, -2, -1))
+        accepted, finite, nodes, unmerged, width = ([row[i] for row in rows] for i in (-5, -4, -3, -2, -1))
+        tokens = [row[:w] for row, w in zip(rows, width, strict=True)]
+        trees = [row[w:-5] for row, w in zip(rows, width, strict=True)]
         logprobs = (None, None, None) if handle.logprobs is None else tuple(map(self.host, handle.logprobs))
-        return Outcome([row[:-4] for row in rows], accepted, [bool(x) for x in finite], nodes, unmerged, *logprobs)
+        return Outcome(tokens, accepted, [bool(x) for x in finite], nodes, unmerged, trees, *logprobs)
 
     def catch_up(self, reading: Reading) -> None:
         self.drafter.read(reading, 0)

@@ -32,6 +32,8 @@ class Outcome(NamedTuple):
     """tree nodes verified, the root included"""
     unmerged: list[int]
     """rows the same paths would have taken without merging shared prefixes"""
+    trees: list[list[int]]
+    """the tokens of all nodes, then their parents; the first ``nodes`` of either are live"""
     logprobs: list[list[float]] | None
     """of every token in ``tokens``; None when no request asked"""
     top_ids: list[list[list[int]]] | None
