@@ -39,17 +39,19 @@ def load(
     max_batch: int = 8,
     config: DecodeConfig | None = None,
     threads: int | None = None,
+    compile: bool = True,
 ) -> Engine:
     """An engine over the files of a model and of its drafter. Without ``config`` every step takes the shape that
     promises most: the shapes whose tokens per step the drafter's metadata names are timed here, then their times and
-    their acceptance are learnt (``policy.Adaptive``)."""
+    their acceptance are learnt (``policy.Adaptive``). ``compile=False`` keeps a GPU to torch's own eager operations:
+    no graphs, no kernels of ours."""
     chosen = pick_backend(backend)
     if threads is not None:
         _set_threads(chosen, threads)
     if chosen == "mlx":
         opened = _open_mlx(files, drafter, dtype, device, max_context)
     else:
-        opened = _open_torch(files, drafter, dtype, device, max_context, max_batch)
+        opened = _open_torch(files, drafter, dtype, device, max_context, max_batch, compile)
     if config is not None or drafter is None:
         return Engine(opened, config or PLAIN, max_batch)
     candidates = known_shapes(read_config(drafter).get("metadata") or {}) or UNMEASURED
@@ -81,7 +83,13 @@ def _set_threads(backend: str, threads: int) -> None:
 
 
 def _open_torch(
-    files: ModelFiles, drafter: Path | None, dtype: str, device: str, max_context: int | None, max_batch: int
+    files: ModelFiles,
+    drafter: Path | None,
+    dtype: str,
+    device: str,
+    max_context: int | None,
+    max_batch: int,
+    compile: bool,
 ) -> Backend:
     from redrafter.backends.torch.checkpoint import load_drafter
     from redrafter.backends.torch.load import TorchBackend, load_target, pick_device, pick_dtype
@@ -91,10 +99,19 @@ def _open_torch(
     number = pick_dtype(dtype, where)
     weights = None if drafter is None else load_drafter(drafter)
     layers = () if weights is None else weights.config.feature_layers
-    target = load_target(files.path, number, where, layers)
-    backend = TorchBackend(target, weights, context_limit, eos_ids(files.path))
-    if where.type != "cpu":
-        backend.reserve(max_batch, context_limit + MAX_TREE)
+    eos = eos_ids(files.path)
+    if where.type == "cpu" or not compile:
+        plain = TorchBackend(load_target(files.path, number, where, layers), weights, context_limit, eos)
+        if where.type != "cpu":
+            plain.reserve(max_batch, context_limit + MAX_TREE)
+        return plain
+    if not find_spec("triton"):
+        raise InvalidRequest(f"device={device!r}: triton cannot be imported; pip install triton, or use --no-compile")
+    from redrafter.backends.torch.attention import KERNEL
+    from redrafter.backends.torch.cuda import SPARE_SLOTS, GraphBackend
+
+    backend = GraphBackend(load_target(files.path, number, where, layers, KERNEL), weights, context_limit, eos)
+    backend.reserve(max_batch, context_limit + SPARE_SLOTS)
     return backend
 
 

@@ -41,10 +41,11 @@ def checkout() -> Path | None:
 
 
 def source() -> dict[str, Any]:
-    """Version, commit, and whether tracked files outside of benchmarks/ and README.md differ from it."""
-    root = checkout()
-    if root is None:
-        return {"version": __version__, "commit": os.environ.get(COMMIT_VARIABLE), "dirty": None}
+    """Version, commit, and whether tracked files outside of benchmarks/ and README.md differ from it. The variable
+    wins: a copy on another machine may carry an older history than its files."""
+    root, named = checkout(), os.environ.get(COMMIT_VARIABLE)
+    if root is None or named:
+        return {"version": __version__, "commit": named, "dirty": None}
     changed = output("git", "-C", str(root), "status", "--porcelain", "-uno", "--", ".", ":!benchmarks", ":!README.md")
     return {
         "version": __version__,

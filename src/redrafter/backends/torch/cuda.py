@@ -21,8 +21,10 @@ from redrafter.backends.torch.kernels import step as kernels
 from redrafter.backends.torch.kernels.matmul import MAX_ROWS, few_rows, gru_step
 from redrafter.backends.torch.load import TorchBackend, bind
 from redrafter.backends.torch.target import TorchTarget
-from redrafter.params import DecodeConfig
+from redrafter.params import MAX_TREE, DecodeConfig
 
+SPARE_SLOTS = 2 * MAX_TREE
+"""Cache slots beyond the context: a tree at its end, and what a step ahead of an answer's end writes."""
 IN_FLIGHT = 3
 """Pinned buffers per kind of outcome: one being read, one on its way, one being launched."""
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from redrafter.backends.base import BaseBackend
 from redrafter.backends.torch import linear
-from redrafter.backends.torch.attention import EXACT, FAST
+from redrafter.backends.torch.attention import EXACT, FAST, KERNEL
 from redrafter.backends.torch.drafter import Drafter
 from redrafter.backends.torch.drafting import TorchDrafter, token_table
 from redrafter.backends.torch.fused import fuse_layers
@@ -45,9 +45,14 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_target(
-    folder: Path, dtype: torch.dtype, device: torch.device, feature_layers: Sequence[int] = ()
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    feature_layers: Sequence[int] = (),
+    attention: str | None = None,
 ) -> TorchTarget:
-    """A transformers model from a local folder, with our attention and, on the CPU, packed weights."""
+    """A transformers model from a local folder, with one of our attention functions (by default the exact one on the
+    CPU, torch's own kernels elsewhere) and, on the CPU, packed weights."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -56,7 +61,7 @@ def load_target(
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            attn_implementation=EXACT if device.type == "cpu" else FAST,
+            attn_implementation=attention or (EXACT if device.type == "cpu" else FAST),
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
@@ -70,6 +75,10 @@ def load_target(
 def make_target(model: Any, feature_layers: Sequence[int] = ()) -> TorchTarget:
     """A target from a model in memory that was made with one of our attention functions; its linears are swapped."""
     fuse_layers(model)
+    if model.config._attn_implementation == KERNEL:
+        from redrafter.backends.torch.kernels.layer import fuse_cuda_layers  # needs triton
+
+        fuse_cuda_layers(model)
     target = TorchTarget(model, feature_layers)
     linear.pack_linears(model)
     return target

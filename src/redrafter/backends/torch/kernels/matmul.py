@@ -256,7 +256,7 @@ def few_rows(
 def gru_step(
     gates_V3S: Tensor, index_R: Tensor, state_PS: Tensor, parent_R: Tensor, u_3SS: Tensor, bias_3S: Tensor
 ) -> Tensor:
-    """[R, S]: the next state of R beams: ``gates[index[r]]`` is W e of the token, ``state[parent[r]]`` the old state."""
+    """[R, S]: the next state of R beams: ``gates[index[r]]`` is W e of the token, ``state[parent[r]]`` the old one."""
     R, S = index_R.shape[0], state_PS.shape[1]
     assert state_PS.is_contiguous() and gates_V3S.is_contiguous() and R <= MAX_ROWS
     y = torch.empty(R, S, dtype=state_PS.dtype, device=state_PS.device)
