@@ -14,6 +14,7 @@ from redrafter.errors import InvalidRequest
 from redrafter.params import SamplingParams
 
 if TYPE_CHECKING:
+    from redrafter.bench.mlx_lm_baseline import MLXLMBaseline, Streamed
     from redrafter.bench.prompts import BenchPrompt
     from redrafter.llm import LLM, Completion
 
@@ -22,12 +23,14 @@ WARM_UP_TOKENS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How to run: sampling settings (prompt i has seed + i), requests at once, repetitions, and whether both ways."""
+    """How to run: sampling settings (prompt i has seed + i), requests at once, repetitions, whether both ways, and
+    what else to compare with."""
 
     params: SamplingParams
     batch: int = 1
     repeat: int = 1
     plain: bool = True
+    baseline: MLXLMBaseline | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,9 @@ def measure(
         tell("warming up")
         few = replace(plan.params, max_new_tokens=min(WARM_UP_TOKENS, plan.params.max_new_tokens))
         for speculation in (False, True) if plan.plain else (True,):
-            _run(llm, batches[0], [few] * len(batches[0]), speculation)
+            warm = _run(llm, batches[0], [few] * len(batches[0]), speculation)
+        if plan.baseline is not None:
+            plan.baseline.run(warm.answers[0].prompt_token_ids, WARM_UP_TOKENS)
         started = time.perf_counter()
         for number, batch in enumerate(batches):
             _one_batch(llm, batch, number, plan, measured)
@@ -99,7 +104,11 @@ def _one_batch(llm: LLM, batch: list[BenchPrompt], number: int, plan: Plan, meas
     before = number * plan.batch
     settings = [replace(plan.params, seed=(plan.params.seed + before + i) % 2**64) for i in range(len(batch))]
     runs: dict[bool, list[_Run]] = {False: [], True: []}
+    streamed: list[Streamed] = []
     for turn in range(plan.repeat):
+        if plan.baseline is not None:
+            ids = llm.encode(batch[0].prompt)
+            streamed.append(plan.baseline.run(ids, plan.params.max_new_tokens))
         for speculation in (False, True) if (number + turn) % 2 == 0 else (True, False):
             if speculation or plan.plain:
                 runs[speculation].append(_run(llm, batch, settings, speculation))
@@ -107,7 +116,8 @@ def _one_batch(llm: LLM, batch: list[BenchPrompt], number: int, plan: Plan, meas
     for i, prompt in enumerate(batch):
         plain = [run.answers[i] for run in runs[False]]
         drafted = [run.answers[i] for run in runs[True]]
-        records.append({"id": prompt.id, "category": prompt.category, "batch": number, **_record(llm, plain, drafted)})
+        record = {"id": prompt.id, "category": prompt.category, "batch": number, **_record(llm, plain, drafted)}
+        records.append(record | (_baseline(plain, streamed) if streamed else {}))
     seconds = {way: [run.seconds for run in runs[way]] for way in runs}
     # Side by side: Ctrl-C must find both or neither.
     measured.records.extend(records)
@@ -152,6 +162,18 @@ def _record(llm: LLM, plain: Sequence[Completion], drafted: Sequence[Completion]
         record["plain_seconds"], record["plain_decode_seconds"] = _seconds(plain), _decode_seconds(plain)
         record["speedup"] = record["plain_seconds"] / record["seconds"]
     return record
+
+
+def _baseline(plain: Sequence[Completion], streamed: Sequence[Streamed]) -> dict[str, Any]:
+    """Ours without speculation beside the baseline, from each one's first token on."""
+    ours = statistics.median(a.statistics.seconds - a.statistics.first_token_seconds for a in plain)
+    return {
+        "plain_tokens_after_first": max(0, len(plain[0].token_ids) - 1),
+        "plain_seconds_after_first": ours,
+        "mlxlm_tokens_after_first": max(0, len(streamed[0].token_ids) - 1),
+        "mlxlm_seconds_after_first": statistics.median(run.seconds for run in streamed),
+        "mlxlm_equal": list(plain[0].token_ids) == streamed[0].token_ids,
+    }
 
 
 def _seconds(answers: Sequence[Completion]) -> float:

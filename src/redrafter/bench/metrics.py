@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
+from redrafter.bench.mlx_lm_baseline import against
+
 LOOP_SHARE = 0.6
 """An answer with a smaller share of distinct 4-grams is looping."""
 
@@ -25,6 +27,11 @@ NEEDS_PLAIN = {
     "forks": "answers",
     "equal_prompts": "prompts",
 }
+NEEDS_BASELINE = {
+    "plain_vs_mlxlm": "x",
+    "mlxlm_tokens_per_second": "tokens/s",
+    "mlxlm_equal_prompts": "prompts",
+}
 ALWAYS = {
     "prompts": "prompts",
     "answer_tokens": "tokens",
@@ -42,11 +49,13 @@ ALWAYS = {
 }
 
 
-def known_metrics(groups: Iterable[str], plain: bool) -> dict[str, str]:
-    """Every single-number metric -> its unit, of a run over prompts of these groups, with or without plain runs."""
+def known_metrics(groups: Iterable[str], plain: bool, baseline: bool = False) -> dict[str, str]:
+    """Every single-number metric -> its unit, of a run over prompts of these groups, with or without plain runs and
+    a baseline."""
     names = sorted(set(groups))
     by_group = [*names, *([OTHER] if any(name != MT_BENCH for name in names) else [])]
-    return {**(NEEDS_PLAIN if plain else {}), **ALWAYS, **{f"tokens_per_step.{g}": "tokens/step" for g in by_group}}
+    compared = {**(NEEDS_PLAIN if plain else {}), **(NEEDS_BASELINE if baseline else {})}
+    return {**compared, **ALWAYS, **{f"tokens_per_step.{g}": "tokens/step" for g in by_group}}
 
 
 def looping(token_ids: Sequence[int]) -> bool:
@@ -91,6 +100,8 @@ def summarise(records: Sequence[Mapping[str, Any]], batches: Sequence[Mapping[st
     summary |= {f"tokens_per_step.{group}": value for group, value in by_group.items()}
     if records and all(r["equal"] is not None for r in records):
         summary |= _against_plain(records, batches, summary)
+    if records and all("mlxlm_equal" in r for r in records):
+        summary |= against(records)
     return summary
 
 

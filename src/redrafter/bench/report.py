@@ -29,6 +29,8 @@ KEY_METRICS = (
     ("tokens_per_step", "Tokens per step"),
     ("plain_tokens_per_second", "Plain decoding"),
     ("speculative_tokens_per_second", "Speculative decoding"),
+    ("plain_vs_mlxlm", "Plain decoding over mlx-lm's own, first token on"),
+    ("mlxlm_tokens_per_second", "mlx-lm's own, first token on"),
     ("forks", "Answers that differ from plain decoding"),
     ("prompts", "Prompts"),
     ("looping_prompts", "Looping answers"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from redrafter.bench.measure import Measured, Plan, check_fit, measure
 from redrafter.bench.metrics import known_metrics, summarise
+from redrafter.bench.mlx_lm_baseline import NAME as NAME_OF_BASELINE
 from redrafter.bench.prompts import BenchPrompt, PromptSet, groups_of
 from redrafter.bench.provenance import machine, now, peak_memory_bytes, portable, source
 from redrafter.bench.results import write_json
@@ -85,7 +86,7 @@ def _facts(llm: LLM, job: Job) -> dict[str, Any]:
 
 
 def _result(llm: LLM, job: Job, facts: Mapping[str, Any], measured: Measured) -> dict[str, Any]:
-    units = known_metrics(groups_of(job.prompts), job.plan.plain)
+    units = known_metrics(groups_of(job.prompts), job.plan.plain, job.plan.baseline is not None)
     memory = peak_memory_bytes(llm.engine.backend.device)  # type: ignore[attr-defined]
     drafter = job.weights["drafter"]
     summary = summarise(measured.records, measured.batches) | {
@@ -105,6 +106,7 @@ def _result(llm: LLM, job: Job, facts: Mapping[str, Any], measured: Measured) ->
             "batch": job.plan.batch,
             "repeat": job.plan.repeat,
             "plain": job.plan.plain,
+            "baseline": None if job.plan.baseline is None else NAME_OF_BASELINE,
         },
         "memory_bytes": memory,
         "provenance": dict(facts),

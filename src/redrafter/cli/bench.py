@@ -7,13 +7,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from redrafter.bench.measure import Plan
 from redrafter.bench.metrics import known_metrics
-from redrafter.bench.prompts import groups_of, load_prompts, select
+from redrafter.bench.mlx_lm_baseline import MLXLMBaseline, open_baseline
+from redrafter.bench.prompts import BenchPrompt, groups_of, load_prompts, select
 from redrafter.bench.provenance import checkout, command_line, load_average, models, source
 from redrafter.bench.report import key_figures, page
 from redrafter.bench.results import FIGURES, check_place, figures_of, parse_figures, read_result, write_figures
@@ -21,6 +22,9 @@ from redrafter.bench.run import Job, result_path, run
 from redrafter.cli import options as opt
 from redrafter.errors import InvalidRequest
 from redrafter.params import SamplingParams
+
+if TYPE_CHECKING:
+    from redrafter.llm import LLM
 
 INTERRUPTED = 130
 
@@ -70,6 +74,9 @@ def bench(
     batch: Annotated[int, typer.Option(min=1, help="Requests at once, each way.")] = 1,
     repeat: Annotated[int, typer.Option(min=1, help="Times each way; seconds are medians.")] = 1,
     no_plain: Annotated[bool, typer.Option("--no-plain", help="Speculative only: tokens per step.")] = False,
+    baseline: Annotated[
+        str | None, typer.Option(help="mlx-lm: time its stream_generate too, by turns.", show_default=False)
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of results.")] = Path("benchmarks/results"),
     name: Annotated[
         str | None, typer.Option(help="The result's file name. Default: date, model, dtype.", show_default=False)
@@ -93,7 +100,7 @@ def bench(
     config = opt.decode_config(beam_width, branching, draft_length, tree_size)
     found = load_prompts(prompts)
     chosen = select(found, category, limit, spread)
-    wanted = parse_figures(figure or [], known_metrics(groups_of(chosen), not no_plain), not no_plain)
+    wanted = parse_figures(figure or [], _metrics(chosen, not no_plain, baseline is not None), not no_plain)
     planned = result_path(out, name, "model", dtype)
     if wanted:
         check_place(planned, _root(), source()["commit"])
@@ -120,7 +127,13 @@ def bench(
     job = Job(
         found=found,
         prompts=chosen,
-        plan=Plan(params=params, batch=batch, repeat=repeat, plain=not no_plain),
+        plan=Plan(
+            params=params,
+            batch=batch,
+            repeat=repeat,
+            plain=not no_plain,
+            baseline=_baseline(baseline, llm, params, batch, model) if baseline else None,
+        ),
         weights=_weights(model, drafter),
         start_seconds=time.perf_counter() - started,
         command=command_line(sys.argv[1:]),
@@ -132,6 +145,18 @@ def bench(
         raise typer.Exit(INTERRUPTED)
     if wanted:
         _record(result, wanted, path)
+
+
+def _metrics(chosen: Sequence[BenchPrompt], plain: bool, baseline: bool) -> dict[str, str]:
+    if baseline and not plain:
+        raise InvalidRequest("--baseline compares with plain decoding: drop --no-plain")
+    return known_metrics(groups_of(chosen), plain, baseline)
+
+
+def _baseline(name: str, llm: LLM, params: SamplingParams, batch: int, model: str | None) -> MLXLMBaseline:
+    from redrafter.models import DEFAULT_MODEL, resolve
+
+    return open_baseline(name, llm, resolve(model or DEFAULT_MODEL).path, batch, params.temperature)
 
 
 def _record(result: dict[str, Any], wanted: dict[str, str], path: Path) -> None:

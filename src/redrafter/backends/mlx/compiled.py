@@ -86,9 +86,7 @@ class Steps:
         """(arrays of the state, layers of the caches) -> (arrays of the results, layers); the results' layout goes to
         ``told``. The caches are only borrowed while the function runs."""
 
-        def pure(
-            leaves: list[mx.array], stored: list[list[mx.array]]
-        ) -> tuple[list[mx.array], list[list[mx.array]]]:
+        def pure(leaves: list[mx.array], stored: list[list[mx.array]]) -> tuple[list[mx.array], list[list[mx.array]]]:
             before = [cache.layers for cache in caches]
             for cache, layers, limit in zip(caches, stored, limits, strict=True):
                 # A write into an array changes the name it is reached by: the caller's stay as they are.

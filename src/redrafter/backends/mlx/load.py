@@ -170,9 +170,7 @@ class MLXBackend(BaseBackend):
             return max(self.host(self._before)) + self._advance
         return max(self.host(lengths_B))
 
-    def _whole_step(
-        self, state: DecodeState, config: DecodeConfig
-    ) -> tuple[DecodeState, Accepted, TokenTree, Fetched]:
+    def _whole_step(self, state: DecodeState, config: DecodeConfig) -> tuple[DecodeState, Accepted, TokenTree, Fetched]:
         after, accepted, tree = step(self.ops, self.target, self.drafter, state, config)
         return after, accepted, tree, super().fetch(accepted, tree)
 
