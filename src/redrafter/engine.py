@@ -275,12 +275,13 @@ class Engine:
         assert config in self.policy.shapes, config
         if config.speculative:
             before = before._replace(reading=of_width(backend, before.reading, config.draft_length + 1))
+        launched = time.perf_counter()  # before the step: a backend without a queue computes it in the call
         state, accepted, tree = backend.step(before, config)
         if not config.speculative and self.speculative:
             state = state._replace(reading=self._pending(before, state))
         handle = backend.fetch(accepted, tree)
         self._state = state
-        self._flights.append(_Flight(list(self._running), config, handle, time.perf_counter(), alone))
+        self._flights.append(_Flight(list(self._running), config, handle, launched, alone))
         return True
 
     def _pending(self, before: DecodeState, after: DecodeState) -> Any:
