@@ -186,6 +186,23 @@ def test_details_tell_drafted_text_from_the_targets_own(server_url: str) -> None
     assert not any("redrafter" in e for e in events(chat(server_url, stream=True)))
 
 
+def test_details_show_the_tree_of_each_step(server_url: str) -> None:
+    body = {"messages": MESSAGES, "max_tokens": 40, "seed": 1, "stream": True}
+    headers = {"X-Redrafter-Details": "1"}
+    got = events(httpx2.post(server_url + "/v1/chat/completions", json=body, headers=headers, timeout=60))
+    trees = [(e["redrafter"]["tree"], e["redrafter"]["step"]) for e in got if "redrafter" in e]
+    assert trees
+    for tree, step in trees:
+        assert len(tree["tokens"]) == len(tree["parent"]) == step["nodes"]
+        assert tree["parent"][0] == -1 and all(0 <= p < i for i, p in enumerate(tree["parent"][1:], 1))
+        path = tree["accepted"]
+        assert path[0] == 0 and len(path) == step["accepted"] + 1
+        assert [tree["parent"][node] for node in path[1:]] == path[:-1]
+    body["speculation"] = False
+    got = events(httpx2.post(server_url + "/v1/chat/completions", json=body, headers=headers, timeout=60))
+    assert {e["redrafter"]["tree"] is None for e in got if "redrafter" in e} == {True}
+
+
 def test_without_speculation_the_tokens_are_the_same_and_nothing_is_drafted(server_url: str, llm: LLM) -> None:
     body = chat(server_url, speculation=False, max_tokens=20).json()
     assert body["choices"][0]["message"]["content"] == expected(llm, max_new_tokens=20).text

@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from redrafter.engine import Event, RequestStatistics
 from redrafter.errors import RedrafterError
 from redrafter.reply import Chunk, Completion, Reply
+from redrafter.requests import Event, RequestStatistics, StepTree
 from redrafter.server.settings import MAX_UNREAD
 from redrafter.server.worker import Job, Worker
 
@@ -35,6 +35,8 @@ class Part(NamedTuple):
     """since the step before, or since the request was added"""
     offset: int
     """characters of the answer before this chunk"""
+    tree: StepTree | None
+    """what the step verified, if it drafted"""
 
 
 class Answers:
@@ -72,7 +74,7 @@ class Answers:
         step = self._step(index, event.statistics)
         while reply.chunks:
             chunk = reply.chunks.popleft()
-            self._parts.append(Part(index, chunk, *step, self._length[index]))
+            self._parts.append(Part(index, chunk, *step, self._length[index], event.tree))
             self._length[index] += len(chunk.text)
             self._tokens[index] += len(chunk.token_ids)
         if reply.completion is not None and not reply.ended:

@@ -173,10 +173,17 @@ def speculative_decoding(
     return values
 
 
-def details(part: Part) -> dict[str, Any]:
-    """How a chunk came about, for those who look: what was drafted, and what its step cost."""
+def details(part: Part, names: TokenNames) -> dict[str, Any]:
+    """How a chunk came about, for those who look: what was drafted, and what its step verified."""
+    tree = part.tree
     return {
         "spans": [[span.text, span.drafted] for span in part.chunk.spans],
         "step": {"accepted": part.accepted, "nodes": part.nodes, "seconds": part.seconds},
-        "tree": None,
+        "tree": None
+        if tree is None
+        else {
+            "tokens": [names.text(token) for token in tree.tokens],
+            "parent": [-1, *tree.parent[1:]],
+            "accepted": tree.path,
+        },
     }

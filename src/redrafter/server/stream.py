@@ -117,7 +117,7 @@ class Writer:
         """A step's chunk; None if it has nothing to say."""
         if not part.chunk.text and not part.chunk.logprobs and not self._options.details:
             return None
-        details = payloads.details(part) if self._options.details else None
+        details = payloads.details(part, self._shape.names) if self._options.details else None
         return self._chunk(answers, [self._shape.delta(part.answer, part)], details)
 
     def _chunk(self, answers: Answers, choices: list[Any], details: dict[str, Any] | None = None) -> bytes:
