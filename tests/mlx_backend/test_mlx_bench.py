@@ -59,9 +59,7 @@ def test_what_cannot_be_compared_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unknown_baseline_is_refused(
-    asked: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unknown_baseline_is_refused(asked: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*asked, "--backend", "mlx", "--baseline", "vllm", "--out", str(tmp_path)]) == 2
     assert "--baseline 'vllm' is unknown: use mlx-lm" in capsys.readouterr().err
 
