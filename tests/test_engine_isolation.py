@@ -63,6 +63,15 @@ def test_the_queue_is_bounded(backend: TorchBackend) -> None:
         Engine(backend, TREE, max_waiting=0).add("a", PROMPT, PARAMS)
 
 
+def test_the_clock_of_a_request(backend: TorchBackend) -> None:
+    """It waits for the one before it, its prompt is read, its first token comes, it ends: in this order."""
+    visits = [Visit(0, None, PROMPT, PARAMS), Visit(0, None, PROMPT[::-1], PARAMS)]
+    first, second = (a.statistics for a in play(Engine(backend, TREE, max_batch=1), visits))
+    assert 0 <= first.queue_seconds < first.seconds <= second.queue_seconds + 1e-3
+    for s in (first, second):
+        assert 0 < s.prefill_seconds < s.queue_seconds + s.prefill_seconds < s.first_token_seconds < s.seconds
+
+
 @pytest.mark.parametrize("run_ahead", [False, True])
 def test_all_are_cancelled_at_once(backend: TorchBackend, monkeypatch: pytest.MonkeyPatch, run_ahead: bool) -> None:
     backend.run_ahead = run_ahead

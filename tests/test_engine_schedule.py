@@ -188,7 +188,7 @@ def test_a_long_prompt_stalls_nobody(run_ahead: bool) -> None:
     assert chunks == 8 and ids["c"] == expected[2]
     for name, whole in zip("ab", expected, strict=False):
         assert whole[-len(ids[name]) :] == ids[name] and len(ids[name]) > 60
-    assert last.prefill_seconds > 0 and last.queue_seconds >= 0
+    assert last.prefill_seconds > 0
 
 
 def test_a_request_is_cancelled_while_its_prompt_is_read(
