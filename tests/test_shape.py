@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 
 from redrafter import shape
@@ -9,7 +13,7 @@ from redrafter.backends.torch.load import TorchBackend
 from redrafter.engine import Engine
 from redrafter.load import known_shapes
 from redrafter.params import PLAIN, DecodeConfig, SamplingParams
-from redrafter.policy import Adaptive, Candidate, Timed
+from redrafter.policy import Adaptive, Candidate, Fixed, Timed
 from redrafter.shape import time_shapes
 from tests.tiny import make_backend, run_all
 
@@ -60,6 +64,29 @@ def test_an_engine_that_adapts_gives_the_ids_of_plain_decoding(backend: TorchBac
     assert [ids for ids, _ in found] == [ids for ids, _ in plain]
     used = {line.config for line in policy.table() if line.rows == 2 and line.observed}
     assert used and sum(stats.drafted_steps for _, stats in found) > 0
+
+
+class Listening(Fixed):
+    def __init__(self, config: DecodeConfig) -> None:
+        super().__init__(config)
+        self.seconds: list[float] = []
+
+    def observe(self, config: DecodeConfig, accepted: Sequence[int], seconds: float | None) -> None:
+        self.seconds.append(seconds or 0.0)
+
+
+def test_the_engine_tells_what_a_step_took(backend: TorchBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend may compute the step while it is asked for it, not while its outcome is read."""
+    step = backend.step
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.01)
+        return step(*arguments)
+
+    monkeypatch.setattr(backend, "step", slow)
+    policy = Listening(SMALL)
+    run_all(Engine(backend, policy), PROMPTS[:1], [SamplingParams(max_new_tokens=8, ignore_eos=True)])
+    assert len(policy.seconds) > 2 and min(policy.seconds[1:]) >= 0.01
 
 
 def test_shapes_come_from_the_drafters_figures() -> None:

@@ -27,8 +27,8 @@ COST_GAIN = 0.1
 """How far an observed time moves what is believed."""
 START_WEIGHT = 3
 """The times measured at start-up count as so many steps."""
-OUTLIER = 2.0
-"""A time further off than this factor is believed no more than that."""
+OUTLIER, GUESS_OUTLIER = 2.0, 16.0
+"""A time further off than this factor is believed no more than that; the second while there is little but a guess."""
 YIELD_STEPS = 48
 """Steps over which acceptance is averaged."""
 PRIOR_STEPS = 4.0
@@ -255,9 +255,8 @@ class _Costs:
         if (rows, index) not in self._ran:  # the first of its kind may have compiled or recorded something
             self._ran.add((rows, index))
             return
-        ratio = seconds / values[index]
-        if counts[index]:
-            ratio = min(max(ratio, 1 / OUTLIER), OUTLIER)
+        most = OUTLIER if counts[index] >= START_WEIGHT else GUESS_OUTLIER
+        ratio = min(max(seconds / values[index], 1 / most), most)
         counts[index] += 1
         gain = max(COST_GAIN, 1 / counts[index])
         values[index] *= ratio**gain
