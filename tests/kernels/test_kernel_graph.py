@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be tested")
 
+from redrafter.backends.torch.attention import EXACT, KERNEL
 from redrafter.backends.torch.cuda import GraphBackend
 from redrafter.backends.torch.drafter import Drafter
 from redrafter.backends.torch.graph import copy_into
@@ -54,12 +55,12 @@ def rerun(function: Any) -> Any:
     return (lambda: copy_into(results, function())), results
 
 
-def make(kind: str, **config: Any) -> TorchBackend:
+def make(kind: str, attention: str = EXACT, **config: Any) -> TorchBackend:
     torch.manual_seed(0)
     drafter = Drafter(drafter_config(**config))
     if drafter.config.draft_vocabulary:
         drafter.token_ids.copy_(torch.randperm(VOCAB)[: drafter.config.draft_vocabulary].sort().values)
-    target = make_target(make_model(), drafter.config.feature_layers)
+    target = make_target(make_model(attention=attention), drafter.config.feature_layers)
     if kind == "plain":
         return TorchBackend(target, drafter, 200, {2}, table=drafter.config.cell == "gru")
     backend = GraphBackend(target, drafter, 200, {2}, record=rerun)
@@ -70,14 +71,15 @@ def make(kind: str, **config: Any) -> TorchBackend:
 @pytest.mark.parametrize(
     "config",
     [
+        {"attention": KERNEL, "cell": "gru", "context_state": True, "exit_dim": 24, "draft_vocabulary": 64},
         {"cell": "gru", "context_state": True, "exit_dim": 24, "num_blocks": 1, "draft_vocabulary": 64},
         {"cell": "rnn", "head": "own", "exit_dim": 0, "trunk_layers": 0, "feature_layers": ()},
     ],
-    ids=["shipped", "paper"],
+    ids=["all kernels", "shipped", "paper"],
 )
 def test_random_traffic_is_answered_as_by_the_plain_backend(config: dict[str, Any]) -> None:
     visits = random_visits(seed=5, count=3, longest=6)
-    plain = play(Engine(make("plain", **config), Turns(), 3), visits)
+    plain = play(Engine(make("plain", **{**config, "attention": EXACT}), Turns(), 3), visits)
     recorded = play(Engine(make("graph", **config), Turns(), 3), visits)
     kept = [i for i, visit in enumerate(visits) if visit.cancelled is None]
     assert [recorded[i].ids for i in kept] == [plain[i].ids for i in kept]

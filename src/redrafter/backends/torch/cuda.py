@@ -46,9 +46,13 @@ class GraphBackend(TorchBackend):
             table = drafter.config.cell in ("gru", "rnn")
             self.drafter = bind(target, drafter, table=table, kind=KernelDrafter)
         self.run_ahead = True
-        self._runner = GraphRunner(self._whole_step, record or CudaRecorder(target.device))
+        self._runner = GraphRunner(self.whole_step, record or CudaRecorder(target.device))
         self._pinned: dict[Any, list[Any]] = {}
         self._told: Any = None
+
+    @property
+    def stages(self) -> Stages:
+        return KERNELS
 
     @property
     def graphs(self) -> int:
@@ -66,10 +70,11 @@ class GraphBackend(TorchBackend):
         self._told = graph.told
         return graph.after, graph.accepted, graph.tree
 
-    def _whole_step(
+    def whole_step(
         self, state: DecodeState, config: DecodeConfig
     ) -> tuple[DecodeState, Accepted, TokenTree, tuple[Any, ...]]:
-        after, accepted, tree = step(self.ops, self.target, self.drafter, state, config, KERNELS)
+        """What a graph records: the step, and what the host is told of it."""
+        after, accepted, tree = step(self.ops, self.target, self.drafter, state, config, self.stages)
         told = BaseBackend.fetch(self, accepted, tree)
         return after, accepted, tree, (told.packed, told.logprobs)
 

@@ -32,6 +32,10 @@ class PackedLinear(nn.Module):
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 16)
         self._bias = None if bias is None else bias.detach()
 
+    @property
+    def weight_bytes(self) -> int:
+        return self.in_features * self.out_features * self._weight.element_size()
+
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
         alone = rows.shape[0] == 1

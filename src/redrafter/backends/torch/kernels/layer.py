@@ -93,7 +93,8 @@ class FusedCudaLayer(nn.Module):
         return few_rows(h, self.down, self.down_bias, residual_MN=x, workspace=workspace)
 
     def _many(self, x: Tensor, attend: Any) -> Tensor:
-        """cuBLAS multiplies: on an H200 it beats our products from two rows on, norm and gate in launches of their own."""
+        """cuBLAS multiplies: on an H200 it beats our products from two rows on, though norm and gate then take
+        launches of their own."""
         _, n = add_rms_norm(x, None, self.input_gain, self._input_eps)
         y = F.linear(attend(F.linear(n, self.qkv, self.qkv_bias)), self.out, self.out_bias)
         x, n = add_rms_norm(x, y, self.mlp_gain, self._mlp_eps)

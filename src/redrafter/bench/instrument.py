@@ -1,0 +1,68 @@
+"""The instrument behind an LLM: a small model and its drafter at the cost of a large shape (``widen.py``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from redrafter.backends.torch.attention import EXACT, FAST, KERNEL
+from redrafter.backends.torch.checkpoint import load_drafter
+from redrafter.backends.torch.load import TorchBackend, make_target
+from redrafter.bench.widen import shape_named, widen_model
+from redrafter.bench.widen_drafter import widen_drafter
+from redrafter.drafter_files import read_config
+from redrafter.engine import Engine
+from redrafter.llm import LLM
+from redrafter.load import eos_ids, known_shapes
+from redrafter.models import ModelFiles
+from redrafter.params import MAX_TREE, DecodeConfig
+from redrafter.policy import Adaptive
+from redrafter.shape import time_shapes
+from redrafter.text import Tokenizer
+
+WIDTH = 1152
+"""Of the widened drafter, whatever the target's: what one would train for a model of several billion weights."""
+
+
+def open_instrument(
+    shape: Any,
+    files: ModelFiles,
+    drafter: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    compile: bool,
+    max_context: int,
+    max_batch: int,
+    config: DecodeConfig | None,
+) -> LLM:
+    """``shape``: a name of ``widen.SHAPES`` or a LlamaConfig. The rest is as in ``LLM.from_pretrained``."""
+    from transformers import AutoModelForCausalLM
+
+    small: Any = AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.float32, local_files_only=True)
+    small = small.to(device)
+    wide = shape_named(shape, small.config, tie=False) if isinstance(shape, str) else shape
+    cpu = device.type == "cpu"
+    attention = EXACT if cpu else KERNEL if compile else FAST
+    weights = load_drafter(drafter)
+    large = widen_drafter(weights, wide, dtype, device, 0, width=min(WIDTH, wide.hidden_size))
+    model = widen_model(small, wide, dtype, device, 0, attention=attention)
+    layers: Sequence[int] = large.config.feature_layers
+    eos = eos_ids(files.path)
+    del small
+    if cpu or not compile:
+        backend = TorchBackend(make_target(model, layers), large, max_context, eos)
+    else:
+        from redrafter.backends.torch.cuda import GraphBackend
+
+        backend = GraphBackend(make_target(model, layers), large, max_context, eos)
+    backend.reserve(max_batch, max_context + 2 * MAX_TREE)
+    if config is None:
+        candidates = known_shapes(read_config(drafter).get("metadata") or {})
+        engine = Engine(backend, Adaptive(time_shapes(backend, candidates)), max_batch)
+    else:
+        engine = Engine(backend, config, max_batch)
+    return LLM(engine, Tokenizer.load(files.path), model=f"{files.name} widened to {shape}", drafter=drafter.name)
