@@ -9,6 +9,7 @@ import codecs
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,6 +94,11 @@ class Tokenizer:
         """The text of ``ids`` at once; what a ``Detokenizer`` gives in pieces."""
         detokenizer = self.detokenizer()
         return "".join(detokenizer.push(token) for token in ids) + detokenizer.flush()
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token: a text of so many times n characters has at least n tokens, roughly."""
+        return max(map(len, self._tokenizer.get_vocab()))
 
     def token_bytes(self, token: int) -> bytes:
         """What a token stands for; a special one for its name, an id without a token for nothing."""

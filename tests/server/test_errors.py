@@ -10,6 +10,7 @@ import pytest
 from redrafter.server.body import _depth
 from redrafter.server.schemas import UNSUPPORTED
 from tests.server.client import MESSAGES, chat, complete, error_of, post, raw
+from tests.server.serving import Running
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
@@ -186,6 +187,14 @@ def test_a_prompt_over_the_context_is_told_both_numbers(server_url: str) -> None
     assert response.status_code == 400
     assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
     assert "the prompt has 403 tokens" in error["message"] and "holds 256" in error["message"]
+
+
+def test_a_prompt_that_is_surely_too_long_is_not_even_read(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.llm.tokenizer, "encode", lambda text: pytest.fail("it was"))
+    monkeypatch.setattr(server.llm.tokenizer, "encode_chat", lambda text: pytest.fail("it was"))
+    text = "a" * 2_000_000
+    for response in (complete(server.url, prompt=text), chat(server.url, messages=[{"role": "user", "content": text}])):
+        assert response.status_code == 400 and error_of(response)["code"] == "context_length_exceeded"
 
 
 @pytest.mark.parametrize(

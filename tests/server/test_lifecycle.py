@@ -19,6 +19,7 @@ import pytest
 
 from redrafter.errors import OutOfMemory
 from redrafter.server import answers as answers_module
+from redrafter.server import run as run_module
 from tests.server.client import MESSAGES, chat, dial, error_of, events, receive_until, request_bytes
 from tests.server.serving import Running, running, tiny_llm
 
@@ -51,7 +52,9 @@ def idle(run: Running) -> bool:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_row_within_a_step(slow: Running, stream: bool) -> None:
+def test_a_client_that_leaves_frees_its_row_within_a_step(
+    slow: Running, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     connection = dial(slow.url)
     connection.sendall(request_bytes({**LONG, "stream": stream}))
     if stream:
@@ -60,7 +63,8 @@ def test_a_client_that_leaves_frees_its_row_within_a_step(slow: Running, stream:
     connection.close()
     left = time.monotonic()
     wait_for(lambda: idle(slow))
-    assert time.monotonic() - left < 0.5, "an answer of 240 tokens takes seconds"
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    assert time.monotonic() - left < 1.0, "an answer of 240 tokens takes seconds"
     assert chat(slow.url).status_code == 200
     slow.engine.check()
 
@@ -80,15 +84,14 @@ def test_a_client_that_leaves_the_queue_leaves_the_others_alone(slow: Running) -
 
 def test_a_full_house_says_so_at_once_and_when_to_come_again(slow: Running) -> None:
     with ThreadPoolExecutor(2) as pool:
-        taken = [pool.submit(chat, slow.url, max_tokens=60) for _ in range(2)]
+        taken = [pool.submit(chat, slow.url, max_tokens=100) for _ in range(2)]
         wait_for(lambda: slow.service.worker.open_requests == 2)
-        asked = time.monotonic()
         refused = chat(slow.url)
-        assert time.monotonic() - asked < 0.5
+        assert not any(one.done() for one in taken), "the refusal waited for nobody"
         assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
         assert error_of(refused)["code"] == "overloaded"
-        several = chat(slow.url, n=3)
-        assert several.status_code == 503
+        assert chat(slow.url, n=2).status_code == 503
+        assert error_of(chat(slow.url, n=3))["param"] == "n", "more than could ever be served at once"
         assert [t.result().status_code for t in taken] == [200, 200]
     assert chat(slow.url).status_code == 200
     assert 'redrafter:admission_rejections_total{engine="0",model_name="tiny",reason="queue_full"} 2.0' in metrics(slow)
@@ -108,34 +111,66 @@ def test_plain_decoding_waits_for_nobody_and_nobody_waits_for_it(slow: Running) 
     assert chat(slow.url, speculation=False).json()["metrics"]["speculative_decoding"]["num_spec_steps"] == 0
 
 
-def test_a_client_that_does_not_read_is_cut_off_and_holds_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def stall(run: Running) -> asyncio.Event:
+    """Requests with the header X-Stall are sent nothing more than the headers until the event is set."""
+    go_on = asyncio.Event()
+    app = run.server.config.app
+
+    async def stalling_app(scope: Any, receive: Any, send: Any) -> None:
+        async def stalling(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                await asyncio.wait_for(go_on.wait(), 20)
+            await send(message)
+
+        stalls = scope["type"] == "http" and b"x-stall" in dict(scope["headers"])
+        await app(scope, receive, stalling if stalls else send)
+
+    run.server.config.loaded_app = stalling_app
+    return go_on
+
+
+def ask_and_stall(run: Running) -> httpx2.Response:
+    body = {**LONG, "max_tokens": 400, "stream": True}
+    return httpx2.post(run.url + "/v1/chat/completions", json=body, headers={"X-Stall": "1"}, timeout=60)
+
+
+def test_a_client_that_reads_late_is_cut_off_and_holds_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answers_module, "MAX_UNREAD", 20)
     with running(tiny_llm(context=512)) as run:
         expected = chat(run.url, max_tokens=60).json()["choices"]
-        stalled = asyncio.Event()
-        writer = run.server.config.app
-
-        async def app(scope: Any, receive: Any, send: Any) -> None:
-            async def stalling(message: Any) -> None:
-                if b"x-stall" in dict(scope["headers"]) and message["type"] == "http.response.body":
-                    await asyncio.wait_for(stalled.wait(), 20)
-                await send(message)
-
-            await writer(scope, receive, stalling if scope["type"] == "http" else send)
-
-        run.server.config.loaded_app = app
-        body = {**LONG, "max_tokens": 400, "stream": True}
+        go_on = stall(run)
         with ThreadPoolExecutor(1) as pool:
-            late = pool.submit(
-                httpx2.post, run.url + "/v1/chat/completions", json=body, headers={"X-Stall": "1"}, timeout=60
-            )
+            late = pool.submit(ask_and_stall, run)
             wait_for(lambda: run.service.worker.open_requests == 1)
             assert chat(run.url, max_tokens=60).json()["choices"] == expected
             wait_for(lambda: idle(run))
-            run.server.loop.call_soon_threadsafe(stalled.set)
+            run.server.loop.call_soon_threadsafe(go_on.set)
             told = events(late.result())
         assert told[-1]["error"]["code"] == "slow_reader"
         assert len(told) <= 25
+
+
+def test_a_client_that_never_reads_loses_its_connection() -> None:
+    with running(tiny_llm(context=512), send_timeout=0.1) as run:
+        stall(run)
+        with pytest.raises(httpx2.TransportError):
+            ask_and_stall(run)
+        wait_for(lambda: idle(run))
+        assert chat(run.url).status_code == 200
+
+
+@pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"])
+def test_headers_that_never_end_lose_their_connection(monkeypatch: pytest.MonkeyPatch, before: bytes) -> None:
+    monkeypatch.setattr(run_module, "HEADER_TIMEOUT", 0.2)
+    with running() as run, dial(run.url) as connection:
+        connection.sendall(before)
+        if before:
+            receive_until(connection, b"}")
+        connection.sendall(b"GET /health HTTP/1.1\r\nHos")
+        began = time.monotonic()
+        assert connection.recv(1000) == b""
+        assert time.monotonic() - began < 4, "otherwise it is kept for 5 seconds"
+        assert chat(run.url, max_tokens=60).status_code == 200
 
 
 def test_a_silent_stream_is_kept_alive_with_comments(slow: Running) -> None:

@@ -18,8 +18,9 @@ from redrafter.server.settings import MAX_BODY, MAX_DEPTH
 T = TypeVar("T", bound=Common)
 
 _log = logging.getLogger("redrafter.server")
+MAX_UNKNOWN = 1000
+"""field names remembered; more are ignored without a word"""
 _PATH = re.compile(r" - at (?:`key` in )?`\$\.?(.*)`$")
-_named: set[str] = set()
 
 
 async def read_body(request: Request, timeout: float) -> bytes:
@@ -50,8 +51,9 @@ def _too_large() -> ApiError:
     return ApiError(413, f"the body has more than {MAX_BODY} bytes", code="body_too_large")
 
 
-def parse(body: bytes, kind: type[T]) -> T:
-    """The request in ``body``. ApiError 400 names the field; a field nobody knows is ignored and logged once."""
+def parse(body: bytes, kind: type[T], unknown: set[str]) -> T:
+    """The request in ``body``. ApiError 400 names the field; a field nobody knows is ignored, logged once and kept in
+    ``unknown``."""
     fields = _decode(body, dict[str, msgspec.Raw])
     if _depth(body) > MAX_DEPTH:
         raise bad_request(f"the JSON is nested more than {MAX_DEPTH} deep: flatten it", code="invalid_json")
@@ -63,8 +65,8 @@ def parse(body: bytes, kind: type[T]) -> T:
                 raise bad_request(
                     f"{name} is not supported by this server: leave it out", name, "unsupported_parameter"
                 )
-        elif name not in known and name not in _named and len(_named) < 1000:
-            _named.add(name)
+        elif name not in known and name not in unknown and len(unknown) < MAX_UNKNOWN:
+            unknown.add(name)
             _log.info("unknown request field ignored", extra={"fields": {"field": name[:100]}})
     return _decode(body, kind)
 

@@ -51,11 +51,11 @@ class Handlers:
 
     async def chat(self, request: Request) -> Response:
         body = await read_body(request, self._service.settings.body_timeout)
-        return await self._answer(request, parse(body, ChatRequest))
+        return await self._answer(request, parse(body, ChatRequest, self._service.unknown))
 
     async def completions(self, request: Request) -> Response:
         body = await read_body(request, self._service.settings.body_timeout)
-        return await self._answer(request, parse(body, CompletionRequest))
+        return await self._answer(request, parse(body, CompletionRequest, self._service.unknown))
 
     async def _answer(self, request: Request, asked: ChatRequest | CompletionRequest) -> Response:
         chat = isinstance(asked, ChatRequest)

@@ -20,9 +20,10 @@ from redrafter.server.app import build
 from redrafter.server.errors import ApiError, unavailable
 from redrafter.server.service import Service
 from redrafter.server.settings import MAX_HEADERS, ServeSettings
+from redrafter.server.stream import ABORT
 
 HEADER_TIMEOUT = 20.0
-"""seconds from a connection's beginning to its first request's last header"""
+"""seconds from a request's first byte, or a connection's beginning, to its last header"""
 
 
 BACKLOG = 1024
@@ -39,15 +40,32 @@ class Protocol(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._refused = False
-        self._headers_due = self.loop.call_later(HEADER_TIMEOUT, self._no_headers)
-
-    def _no_headers(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
-            self.transport.close()
+        self._headers_due: asyncio.TimerHandle | None = None
+        self._expect_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._headers_due.cancel()
+        self._got_headers()
         super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        super().data_received(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._expect_headers()
+        else:
+            self._got_headers()
+            extensions: dict[str, Any] = self.scope.setdefault("extensions", {})  # type: ignore[assignment]
+            extensions[ABORT] = self.transport.abort
+
+    def _expect_headers(self) -> None:
+        if self._headers_due is None:
+            self._headers_due = self.loop.call_later(HEADER_TIMEOUT, self.transport.close)
+
+    def _got_headers(self) -> None:
+        if self._headers_due is not None:
+            self._headers_due.cancel()
+            self._headers_due = None
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP, or has headers over the limit."""
@@ -59,10 +77,6 @@ class Protocol(H11Protocol):
         self._refused = True
         self.transport.write_eof()
         self.loop.call_later(LINGER, self.transport.close)
-
-    def data_received(self, data: bytes) -> None:
-        if not self._refused:
-            super().data_received(data)
 
 
 class Server(uvicorn.Server):

@@ -23,6 +23,8 @@ from redrafter.server.schemas import ChatRequest, Common, CompletionRequest
 from redrafter.server.settings import ServeSettings
 from redrafter.server.worker import Job, Worker
 
+MERGED = 4
+"""characters that a tokenizer's normaliser may make one of"""
 _FIELD = {"max_new_tokens": "max_tokens"}
 
 
@@ -35,6 +37,8 @@ class Service:
     worker: Worker = field(init=False)
     metrics: Metrics = field(init=False)
     draining: bool = False
+    unknown: set[str] = field(default_factory=set)
+    """names of request fields that nobody knows, each logged once"""
     started: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -107,6 +111,7 @@ class Service:
         name = "messages" if isinstance(request, ChatRequest) else "prompt"
         if isinstance(request, ChatRequest):
             messages = [message.as_dict() for message in request.messages]
+            self._check_size(sum(len(message["content"]) for message in messages), name)
             ids = await self._encode(lambda: self.llm.tokenizer.encode_chat(messages), name)
         else:
             prompt = request.prompt
@@ -116,6 +121,7 @@ class Service:
                 raise bad_request("prompt: only one prompt for each request is served; send several requests", name)
             else:
                 text = prompt if isinstance(prompt, str) else str(prompt[0])
+                self._check_size(len(text), name)
                 ids = await self._encode(lambda: self.llm.tokenizer.encode(text), name)
         self._check_length(request, len(ids), name)
         self._check_ids(ids, name)
@@ -132,6 +138,16 @@ class Service:
             raise unavailable(f"{name} took more than {limit:g} seconds to turn into tokens: shorten it") from error
         except InvalidRequest as error:
             raise bad_request(str(error), name) from error
+
+    def _check_size(self, characters: int, name: str) -> None:
+        """Refuse what is surely too long before time is spent on it; some normalisers drop or merge characters."""
+        limit = self.llm.engine.context_limit
+        if characters > MERGED * limit * self.llm.tokenizer.longest_token:
+            raise bad_request(
+                f"{name}: the prompt has {characters} characters, and the context holds {limit} tokens: shorten it",
+                name,
+                "context_length_exceeded",
+            )
 
     def _check_length(self, request: Common, tokens: int, name: str) -> None:
         limit = self.llm.engine.context_limit
@@ -155,6 +171,10 @@ class Service:
 
     def _jobs(self, request: Common, prompt_ids: list[int], request_id: str, salt: str | None) -> list[Job]:
         most = self.llm.engine.context_limit - len(prompt_ids)
+        if (request.n or 1) > self.worker.capacity:
+            raise bad_request(
+                f"n={request.n}: this server holds {self.worker.capacity} answers at once: ask for fewer", "n"
+            )
         seed = secrets.randbits(63) if request.seed is None else request.seed % 2**64
         try:
             return [

@@ -15,7 +15,6 @@ from starlette.types import Receive, Scope, Send
 
 from redrafter.server import payloads
 from redrafter.server.answers import Answers, Part
-from redrafter.server.logs import LOGGER
 from redrafter.server.outcome import as_api_error
 from redrafter.server.payloads import Shape
 from redrafter.server.settings import ServeSettings
@@ -23,6 +22,8 @@ from redrafter.server.settings import ServeSettings
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
+ABORT = "redrafter.abort"
+"""ASGI extension: drops the connection with what was not sent yet (``run.Protocol``)"""
 KEEP_ALIVE = b": keep-alive\n\n"
 
 
@@ -68,18 +69,24 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._held:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await until_disconnect(receive, self._write(send))
+            try:
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                await until_disconnect(receive, self._write(send))
+            except ClientDisconnect:
+                scope["state"]["facts"]["client"] = "left"
+            except TimeoutError:
+                scope["state"]["facts"]["client"] = "did not read"
+                scope.get("extensions", {}).get(ABORT, _nothing)()
 
     async def _write(self, send: Send) -> None:
-        try:
-            async for data in self._writer.events(self._answers, self._settings.keep_alive):
-                async with asyncio.timeout(self._settings.send_timeout):
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
-        except TimeoutError as error:
-            LOGGER.warning("a client read nothing for too long")
-            raise ClientDisconnect from error
+        async for data in self._writer.events(self._answers, self._settings.keep_alive):
+            async with asyncio.timeout(self._settings.send_timeout):
+                await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _nothing() -> None:
+    return None
 
 
 class Writer:

@@ -69,7 +69,8 @@ class Worker:
     def __init__(self, engine: Engine, max_queue: int) -> None:
         self._switch = Switch(engine.policy)
         self._engine = Engine(engine.backend, self._switch, engine.max_batch, prefix_reuse=engine.prefix_reuse)
-        self._capacity = engine.max_batch + max_queue
+        self.capacity = engine.max_batch + max_queue
+        """requests that run or wait at most"""
         self._commands: queue.SimpleQueue[_Submit | str | None] = queue.SimpleQueue()
         self._sinks: dict[str, Sink] = {}
         self._held: dict[str, bool] = {}  # id -> speculation, of what the engine has; the thread's own
@@ -104,8 +105,8 @@ class Worker:
         """Queue all of ``jobs`` or none. InvalidRequest: the engine does not take one; ApiError 503: no room now."""
         if not self.alive:
             raise unavailable(f"the engine has stopped: {self.failure or 'it is not running'}")
-        if len(self._sinks) + len(jobs) > self._capacity:
-            raise overloaded(f"{len(self._sinks)} requests are open and {self._capacity} fit: try again in a second")
+        if len(self._sinks) + len(jobs) > self.capacity:
+            raise overloaded(f"{len(self._sinks)} requests are open and {self.capacity} fit: try again in a second")
         added = asyncio.get_running_loop().create_future()
         self._sinks.update(zip((job.request_id for job in jobs), sinks, strict=True))
         self._commands.put(_Submit(jobs, added))
