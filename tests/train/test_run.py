@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -195,14 +196,29 @@ def test_minutes_follow_the_clock_over_several_calls(model_folder: Path, data: P
     assert second.learner.optimizer.param_groups[0]["lr"] == pytest.approx(5e-3 * 0.05, rel=0.5)
 
 
-def test_two_processes_give_the_result_of_one(model_folder: Path, data: Path, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", [[], ["--shard-teacher"]], ids=["whole teacher", "sharded teacher"])
+def test_two_processes_give_the_result_of_one(
+    model_folder: Path, data: Path, whole: Path, tmp_path: Path, option: list[str]
+) -> None:
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
     arguments = command(model_folder, data, tmp_path / "run")
     done = subprocess.run(
-        [arguments[0], *launch, *arguments[2:]], env=environment(), capture_output=True, text=True, timeout=200
+        [arguments[0], *launch, *arguments[2:], *option], env=environment(), capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert final(tmp_path / "run") == final(whole)
+    said = re.search(r"holds ([\d,]+) of ([\d,]+) bytes", done.stderr)
+    assert bool(said) == bool(option)
+    if said:
+        held, total = (int(x.replace(",", "")) for x in said.groups())
+        assert 2 * held == total
+    for name in ("model.safetensors", "config.json"):
+        assert sha256(tmp_path / "run" / "drafter" / name) == sha256(whole / "drafter" / name)
+
+
+def test_sharding_needs_several_processes(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="torchrun"):
+        make_run(model_folder, data, tmp_path / "run", QUIET._replace(shard_teacher=True))
 
 
 def test_settings_are_checked_and_kept(model_folder: Path, data: Path, whole: Path, tmp_path: Path, capsys) -> None:

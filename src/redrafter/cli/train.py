@@ -64,7 +64,12 @@ def train(
         float | None, typer.Option(help="Seconds after which this call saves and ends.", show_default=False)
     ] = None,
     compile_loss: Annotated[bool, typer.Option("--compile", help="torch.compile the loss (GPU).")] = False,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write OUT/tensorboard, too.")] = False,
+    shard_teacher: Annotated[
+        bool, typer.Option("--shard-teacher", help="Spread MODEL over the processes of torchrun (FSDP2).")
+    ] = False,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Folder to write the log to for TensorBoard, too.", show_default=False)
+    ] = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
     quiet: opt.Quiet = False,
@@ -88,7 +93,14 @@ def train(
         print("\n".join(_lines(estimate(opened, samples, chosen))))
         return
     conduct = Conduct(
-        save_every, keep, log_every, math.inf if stop_after is None else stop_after, tensorboard, compile_loss, quiet
+        save_every,
+        keep,
+        log_every,
+        math.inf if stop_after is None else stop_after,
+        tensorboard=tensorboard,
+        compile=compile_loss,
+        shard_teacher=shard_teacher,
+        quiet=quiet,
     )
     run = Run(opened, samples, out, chosen, conduct)
     summary = run.fit()

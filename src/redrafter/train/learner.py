@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 from contextlib import nullcontext
@@ -37,8 +38,7 @@ class Group:
         """Its gradients, after a backward pass, are the mean over all processes."""
         if self.world == 1:
             return module
-        # What a drafter may propose is the same everywhere from the start: nothing to broadcast at every step.
-        return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
     def sum(self, tensors: list[Tensor]) -> None:
         """In place, over all processes."""
@@ -115,6 +115,11 @@ class Learner:
         decay = min(self.settings.ema, (2 + step) / (11 + step))
         torch._foreach_lerp_(self.average, [w.detach() for w in self.weights], 1 - decay)
         return report
+
+    def release(self) -> None:
+        """Let go of the process group, which must not be taken down while DistributedDataParallel still holds it."""
+        self.parallel = self.distiller
+        gc.collect()
 
     def _alone(self) -> Any:
         """Gradients are added up here; the last batch of a step averages them over the processes."""

@@ -38,13 +38,13 @@ def duration(seconds: float) -> str:
 class Reporter:
     """``quiet`` silences the console, never the log. A resumed run drops what the log says of steps it repeats."""
 
-    def __init__(self, folder: Path, step: int, *, tensorboard: bool = False, quiet: bool = False) -> None:
+    def __init__(self, folder: Path, step: int, *, tensorboard: Path | None = None, quiet: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "log.jsonl"
         self.quiet = quiet
         if path.is_file():
             path.write_text("".join(_until(path.read_text(encoding="utf-8"), step)), encoding="utf-8")
-        self._board = _board(folder) if tensorboard else None
+        self._board = None if tensorboard is None else _board(tensorboard, step)
         self._log = path.open("a", encoding="utf-8")
         self._bar: Any = None
         if not quiet and sys.stderr.isatty():
@@ -90,11 +90,12 @@ def _until(text: str, step: int) -> list[str]:
     return [line for line in lines if json.loads(line).get("step", 0) <= step]
 
 
-def _board(folder: Path) -> Any:
+def _board(folder: Path, step: int) -> Any:
+    """What an earlier call wrote of steps after ``step`` is hidden: they are done again."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise InvalidRequest(
             "TensorBoard was asked for, and its package is not installed: pip install 'redrafter[train]'"
         ) from error
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)

@@ -63,8 +63,10 @@ class Conduct(NamedTuple):
     log_every: int = 50
     stop_after: float = math.inf
     """seconds of this call, after which it saves and ends"""
-    tensorboard: bool = False
+    tensorboard: Path | None = None
     compile: bool = False
+    shard_teacher: bool = False
+    """the target's layers are spread over the processes, for one that does not fit one card"""
     quiet: bool = False
 
 
@@ -140,7 +142,9 @@ class Run:
         )
         self.facts = self._facts()
         self._check_folder()
-        target = model.target(self.config.feature_layers)
+        if conduct.shard_teacher and self.group.world == 1:
+            raise InvalidRequest("--shard-teacher needs several processes: start with torchrun --nproc-per-node 2")
+        target = model.target(self.config.feature_layers, shard=conduct.shard_teacher)
         counts = samples.token_counts(self.config.vocab_size, heldout=False)
         size = self.config.draft_vocabulary
         chosen = torch.from_numpy(frequent_tokens(counts, size)) if size else torch.arange(self.config.vocab_size)
@@ -148,6 +152,7 @@ class Run:
         loss = HeadLoss(settings.loss, settings.ce_weight, settings.mix_decay, settings.chunk, conduct.compile)
         self.learner = Learner(settings, self.config, target, chosen, loss, self.group)
         self.progress = Progress()
+        self._own_anchors = 0
         self._unchecked: list[tuple[int, Tensor]] = []
         self.last: dict[str, Any] = {}
 
@@ -211,9 +216,12 @@ class Run:
         self.reporter = Reporter(
             self.folder if leader else self.folder / f"rank-{self.group.rank}",
             self.progress.step,
-            tensorboard=self.conduct.tensorboard and leader,
+            tensorboard=self.conduct.tensorboard if leader else None,
             quiet=self.conduct.quiet or not leader,
         )
+        if self.conduct.shard_teacher:
+            held, total = self.learner.target.layer_bytes()
+            say(f"sharded teacher: a process holds {held:,} of {total:,} bytes of layers")
         for line in say.lines:
             self.reporter.say(line)
         for manifest in self.samples.manifests:
@@ -233,6 +241,7 @@ class Run:
                 self._steps(stop)
             finally:
                 self.reporter.close()
+                self.learner.release()
                 self.group.close()
         if stop.asked:
             raise KeyboardInterrupt
@@ -268,15 +277,17 @@ class Run:
                 return
 
     def _agree(self, ending: bool) -> bool:
-        """Count the time since the last call as training time, the mean over all processes; -> whether any of them
-        is ``ending``. What decides where a run stands is the same in all of them."""
+        """Count the time since the last call as training time, the mean over all processes, and their anchors;
+        -> whether any of them is ``ending``. What decides where a run stands is the same in all of them."""
         now = time.monotonic()
-        elapsed, wish = now - self._clock, float(ending)
+        elapsed, anchors, wish = now - self._clock, float(self._own_anchors), float(ending)
         if self.group.world > 1:
-            total = torch.tensor([elapsed, wish], dtype=torch.float64, device=self.model.device)
+            total = torch.tensor([elapsed, anchors, wish], dtype=torch.float64, device=self.model.device)
             self.group.sum([total])
-            elapsed, wish = float(total[0]) / self.group.world, float(total[1])
-        self.progress.trained_seconds += elapsed
+            elapsed, anchors, wish = total.tolist()
+        self.progress.trained_seconds += elapsed / self.group.world
+        self.progress.anchors += int(anchors)
+        self._own_anchors = 0
         self._clock = now
         return wish > 0
 
@@ -289,7 +300,7 @@ class Run:
         self._unchecked.append((self.progress.batch, report.loss))
         self.progress.step += 1
         self.progress.batch = numbers.stop
-        self.progress.anchors += sum(int((b.depths > 0).sum()) for b in batches) * world
+        self._own_anchors += sum(int((b.depths > 0).sum()) for b in batches)
         if self.model.device.type == "cpu":
             self.check_losses()
         return report
@@ -325,7 +336,9 @@ class Run:
         if p.evaluated == p.step:
             return
         better = torch.zeros(2, device=self.model.device)
-        if self.group.rank == 0:
+        # A sharded target answers only if all processes ask it.
+        measuring = self.group.rank == 0 or self.conduct.shard_teacher
+        if measuring:
             drafter = self.learner.averaged()
             evaluation = Evaluation(self.learner.target, self.learner.averaged())
             walk = Walk(evaluation_shape(drafter))
@@ -334,10 +347,13 @@ class Run:
             value = found[str(max(TREE_SIZES))]["tokens_per_step"]
             self.last = {"tokens_per_step": value, "merged_share": round(measured.merged, 4)}
             self.reporter.log({"step": p.step, **self.last, "by_tree_size": found})
-            better = torch.tensor([float(value > p.best), value], device=self.model.device)
-            if value > p.best:
-                self._publish(drafter, found, tokens_by_shape(evaluation, self.texts[:SHAPE_TEXTS]))
+            if self.group.rank == 0:
+                better = torch.tensor([float(value > p.best), value], device=self.model.device)
         self.group.sum([better])
+        if better[0] > 0 and measuring:
+            shapes = tokens_by_shape(evaluation, self.texts[:SHAPE_TEXTS])
+            if self.group.rank == 0:
+                self._publish(drafter, found, shapes)
         p.evaluated, p.without_better = p.step, 0 if better[0] > 0 else p.without_better + 1
         if better[0] > 0:
             p.best, p.best_step = round(float(better[1]), 4), p.step

@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging
@@ -135,9 +139,17 @@ class TrainingTarget:
 
     @classmethod
     def load(
-        cls, folder: str | Path, device: str, dtype: torch.dtype, feature_layers: tuple[int, ...] = ()
+        cls,
+        folder: str | Path,
+        device: str,
+        dtype: torch.dtype,
+        feature_layers: tuple[int, ...] = (),
+        shard: bool = False,
     ) -> TrainingTarget:
-        """From a folder that ``redrafter.models`` has checked. Raises CorruptModel if it cannot be loaded."""
+        """From a folder that ``redrafter.models`` has checked. Raises CorruptModel if it cannot be loaded.
+
+        ``shard``: every process of the group holds its share of the layers; all of them must then call it together.
+        """
         AttentionInterface.register(ATTENTION, attend)
         logging.disable_progress_bar()
         # cuDNN's attention builds a plan per shape, and the cache grows by a slot per token.
@@ -156,7 +168,26 @@ class TrainingTarget:
         except (OSError, ValueError, RuntimeError) as error:
             line = str(error).strip().splitlines()[0]
             raise CorruptModel(f"{folder}: transformers cannot load it ({line}); fetch the model again") from error
-        return cls(model.to(device), feature_layers)
+        target = cls(model, feature_layers)
+        target._shard(device) if shard else model.to(device)
+        return target
+
+    def layer_bytes(self) -> tuple[int, int]:
+        """Bytes of the layers' weights: those that this process holds between two passes, and all."""
+        weights = list(self.decoder.layers.parameters())
+        held = [w.to_local() if isinstance(w, DTensor) else w for w in weights]
+        return sum(w.nbytes for w in held), sum(w.numel() * w.element_size() for w in weights)
+
+    def _shard(self, device: str) -> None:
+        """FSDP2 over the layers, one after the other, so that no device ever holds more than one of them whole. The
+        embedding and the head stay whole everywhere: the drafter reads them at every depth."""
+        mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+        for layer in self.decoder.layers:
+            fully_shard(layer, mesh=mesh)
+        whole = set(self.model.parameters()) - set(self.decoder.layers.parameters())
+        fully_shard(self.decoder, mesh=mesh, ignored_params=whole)
+        for tensor in (*whole, *self.model.buffers()):
+            tensor.data = tensor.data.to(device)
 
     def float_head(self) -> Tensor:
         """[V, D] in float32, the model's scale of the logits included; ``softcap`` is not."""
@@ -222,5 +253,5 @@ class OpenModel:
     def layers(self) -> int:
         return int(self.files.config["num_hidden_layers"])
 
-    def target(self, feature_layers: tuple[int, ...] = ()) -> TrainingTarget:
-        return TrainingTarget.load(self.files.path, str(self.device), self.dtype, feature_layers)
+    def target(self, feature_layers: tuple[int, ...] = (), shard: bool = False) -> TrainingTarget:
+        return TrainingTarget.load(self.files.path, str(self.device), self.dtype, feature_layers, shard)
