@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from redrafter.algorithm.tree import TokenTree
 from redrafter.backends.torch.attention import FAST, KERNEL
-from tests.kernels.test_kernel_target import random_tree, read
+from redrafter.backends.torch.target import TorchTarget
+from tests.kernels.test_kernel_target import PROMPT, random_tree, read
 from tests.tiny import make_model
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be tested")
-from redrafter.backends.torch.kernels import layer
 from redrafter.backends.torch.kernels.layer import FusedCudaLayer, fuse_cuda_layers
 
+ONE = torch.ones(1, 1, dtype=torch.bool)
 TREES = [random_tree(4, True), random_tree(1, False)]
 
 
@@ -33,11 +35,21 @@ def test_a_fused_layer_computes_what_its_twin_computes(family: str) -> None:
     compare(fused, twin, TREES)
 
 
-def test_more_rows_than_the_products_of_few_rows_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer, "MAX_ROWS", 1)
-    fused = make_model("llama", KERNEL)
-    assert fuse_cuda_layers(fused) == 3
-    compare(fused, make_model("llama", FAST), TREES)
+def test_one_row() -> None:
+    """Plain decoding of one request takes other products than several rows do."""
+    results = []
+    for attention in (KERNEL, FAST):
+        model = make_model("qwen3", attention)
+        fuse_cuda_layers(model)
+        target = TorchTarget(model, (0, 1))
+        target.cache.reserve(1, 40)
+        target.prefill(0, PROMPT, 0)
+        for i, token in enumerate((5, 9)):
+            tree = TokenTree(*(torch.full((1, 1), x) for x in (token, 0, 0)), ONE[None], ONE)
+            results.append(target.verify(tree, torch.tensor([len(PROMPT) + i])))
+    for got, expected in zip(results[:2], results[2:], strict=True):
+        for a, b in zip(got, expected, strict=True):
+            assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
 def test_what_has_another_structure_is_left_alone() -> None:
