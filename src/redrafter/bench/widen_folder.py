@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from redrafter.backends.torch.checkpoint import load_drafter, save_drafter
 from redrafter.bench.widen import SHAPES, shape_named, widen_model
 from redrafter.bench.widen_drafter import widen_drafter
 from redrafter.drafter_files import read_config
-from redrafter.errors import InvalidRequest
+from redrafter.errors import InvalidRequest, RedrafterError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BESIDE = ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json", "vocab*", "merges.txt")
@@ -65,4 +66,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except RedrafterError as error:
+        sys.exit(f"error: {error}")
