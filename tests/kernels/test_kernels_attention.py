@@ -53,7 +53,7 @@ CASES = [  # rows, heads, KV heads, nodes, slots, head width, softcap
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float16, 2e-3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3)])
 def test_attention(case: tuple, dtype: torch.dtype, tolerance: float, device: torch.device) -> None:
     rows, heads, kv_heads, nodes, slots, width, softcap = case
     # As the layers hand them over: views of [B, N, heads, d] and of a cache with more rows and slots.

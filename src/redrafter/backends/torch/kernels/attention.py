@@ -209,12 +209,14 @@ def tree_attention(
     )
     if arrived is None or len(arrived) < groups:
         arrived = torch.zeros(groups, dtype=torch.int32, device=query.device)
+    exact = query.dtype == torch.float32
     _tree_attention[(plan.parts, plan.tiles, rows * kv_heads)](
         query, keys, values, lengths_B, ancestors, out, partial, arrived, nodes, scale, softcap or 0.0,
         query.stride(0), query.stride(1), query.stride(2), keys.stride(0), keys.stride(1), keys.stride(2),
         lengths_B.stride(0), ancestors.stride(0), ancestors.stride(1),
         kv_heads, heads // kv_heads, width, padded, plan.tile_rows, plan.block_slots, plan.parts,
-        softcap is not None, "ieee" if query.dtype == torch.float32 else "tf32",
+        softcap is not None, "ieee" if exact else "tf32",
         num_warps=plan.warps, num_stages=plan.stages,
+        enable_fp_fusion=not exact,  # blocks with and without a mask are two texts, which may be fused differently
     )  # fmt: skip
     return out
