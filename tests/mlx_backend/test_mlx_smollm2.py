@@ -33,7 +33,7 @@ def test_torch_and_mlx_give_equal_ids(capsys: pytest.CaptureFixture[str]) -> Non
         with capsys.disabled():
             print(f"{len(records)} of {COUNT}: {records[-1]}", flush=True)
 
-    records = compare(*open_both(None, "auto"), shortest(load_prompts(PROMPTS), COUNT), TOKENS, [], tell)
+    records = compare(*open_both(DEFAULT_MODEL, "auto"), shortest(load_prompts(PROMPTS), COUNT), TOKENS, [], tell)
     found = summarise(records)
     assert found["prompts"] == COUNT and found["equal_prompts"] + found["ties"] == COUNT
     assert found["equal_prompts"] >= COUNT - 1

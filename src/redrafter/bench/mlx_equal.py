@@ -22,6 +22,7 @@ from redrafter.bench.prompts import BenchPrompt, PromptSet, load_prompts
 from redrafter.bench.provenance import checkout, machine, models, now, portable, source
 from redrafter.bench.results import figures_of, parse_figures, write_figures, write_json
 from redrafter.errors import InvalidRequest, RedrafterError
+from redrafter.models import DEFAULT_MODEL
 from redrafter.params import SamplingParams
 
 if TYPE_CHECKING:
@@ -86,25 +87,24 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, int]:
     }
 
 
-def open_both(model: str | None, drafter: str) -> tuple[LLM, LLM]:
+def open_both(model: str, drafter: str) -> tuple[LLM, LLM]:
     """MLX, which does not speculate, and torch, which does if there is a drafter."""
     from redrafter.llm import LLM
 
-    how = {"dtype": "float32", "device": "cpu"}
-    return (
-        LLM.from_pretrained(model, drafter="none", backend="mlx", **how),
-        LLM.from_pretrained(model, drafter=drafter, backend="torch", **how),
-    )
+    def opened(drafter: str, backend: str) -> LLM:
+        return LLM.from_pretrained(model, drafter=drafter, backend=backend, dtype="float32", device="cpu")
+
+    return opened("none", "mlx"), opened(drafter, "torch")
 
 
 def run(asked: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, Any]:
     """The whole comparison, resumed from what lies beside ``asked.out``. Raises InvalidRequest where that is of another
     run."""
-    from redrafter.models import DEFAULT_MODEL, resolve, resolve_drafter
+    from redrafter.models import resolve, resolve_drafter
 
     found = load_prompts(asked.prompts)
     prompts = shortest(found, asked.count)
-    files = resolve(asked.model or DEFAULT_MODEL)
+    files = resolve(asked.model)
     settings = {"tokens": asked.tokens, "count": len(prompts), "prompts_sha256": found.sha256, "plain": True}
     weights = models(files, resolve_drafter(asked.drafter, files))
     unfinished = asked.out.with_suffix(".partial.json")
@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("prompts", type=Path, help="JSONL as bench reads it")
     parser.add_argument("--count", type=int, default=50, help="so many of the shortest prompts")
     parser.add_argument("--tokens", type=int, default=64, help="longest answer")
-    parser.add_argument("--model", default=None)
+    parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--drafter", default="auto")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--figure", default=None, help="key of benchmarks/figures.json for the equal prompts")

@@ -11,6 +11,7 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ def write_folders(
 
     if dtype not in DTYPES:
         raise InvalidRequest(f"dtype={dtype!r} is unknown: use {' or '.join(DTYPES)}")
-    small = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    small: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     wide = shape_named(shape, small.config, tie=False)
     wide_drafter = widen_drafter(load_drafter(drafter), wide, DTYPES[dtype], device, 0, width)
     target_folder, drafter_folder = out / "model", out / "drafter"
