@@ -123,6 +123,17 @@ def test_many_rows_get_smaller_trees() -> None:
     assert policy.choose(1) == LARGE, "what one row costs is still known"
 
 
+def test_a_busy_moment_at_start_up_is_corrected() -> None:
+    """The best shape seemed half again as slow as it is."""
+    machine = Machine()
+    timed = [t._replace(step_seconds=1.5 * t.step_seconds) if t.config == LARGE else t for t in machine.timed()]
+    policy = Adaptive(timed)
+    assert policy.shapes[0] != LARGE
+    play(policy, machine, 1500)
+    used, _ = play(policy, machine, 500)
+    assert used.most_common(1)[0][0] == LARGE
+
+
 def test_a_machine_that_gets_slower_for_large_trees() -> None:
     """The batch stays and its cost grows, as when another process takes cores."""
     machine = Machine()
@@ -186,7 +197,7 @@ def test_steps_that_ended_or_were_not_alone_teach_no_time() -> None:
     assert [line.step_seconds for line in policy.table()] == [line.step_seconds for line in before]
     policy.observe(LARGE, [8], 50.0)
     after = {line.config: line.step_seconds for line in policy.table()}
-    assert machine.seconds(1, LARGE) < after[LARGE] < 1.3 * machine.seconds(1, LARGE), "an outlier moves it a little"
+    assert machine.seconds(1, LARGE) < after[LARGE] < 1.5 * machine.seconds(1, LARGE), "an outlier is not believed"
 
 
 def test_the_step_that_lets_the_drafter_catch_up_teaches_no_time() -> None:

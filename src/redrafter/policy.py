@@ -17,16 +17,17 @@ PROBE_EVERY = 64
 """Steps from one try of another shape to the next, 1.6 % of them."""
 FIRST_PROBE = 16
 """The same when a number of rows is met for the first time."""
-PROBE_RATE = 0.85
-"""Shapes below this share of the best one's expected rate are not tried."""
+PROBE_RATE, UNSURE_PROBE_RATE, SURE_STEPS = 0.85, 0.6, 5
+"""Shapes below this share of the best one's expected rate are not tried; the second until they were seen so often, for
+the few times at start-up may have met a busy moment."""
 PLAIN_PROBE_EVERY, PLAIN_PROBE_MOST = 32, 256
 """The same where plain decoding is in use: two steps each time, after pauses that double."""
 HOPELESS_PROBE_EVERY = 1024
 """The same where the drafter would not pay even if it did what it did when it was measured."""
 COST_GAIN = 0.1
 """How far an observed time moves what is believed."""
-START_WEIGHT = 3
-"""The times measured at start-up count as so many steps."""
+START_WEIGHT = 1
+"""The times measured at start-up count as so many steps: the caches were cold and the text short."""
 OUTLIER, GUESS_OUTLIER = 2.0, 16.0
 """A time further off than this factor is believed no more than that; the second while there is little but a guess."""
 YIELD_STEPS = 48
@@ -161,9 +162,12 @@ class Adaptive:
         if not self._costs.observed(bucket, self._plain):
             self._burst.extend([self._plain, self._plain])
             return
-        close = [i for i in others if rates[i] > PROBE_RATE * rates[current]]
+        close = [i for i in others if rates[i] > self._bar(bucket, i) * rates[current]]
         if close:
             self._burst.append(min(close, key=lambda i: self._costs.last_seen(bucket, i)))
+
+    def _bar(self, bucket: int, index: int) -> float:
+        return PROBE_RATE if self._costs.observed(bucket, index) >= SURE_STEPS else UNSURE_PROBE_RATE
 
     def observe(self, config: DecodeConfig, accepted: Sequence[int], seconds: float | None) -> None:
         if not accepted:
