@@ -102,7 +102,7 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """What a token stands for; a special one for its name, an id without a token for nothing."""
-        return self._bytes(token) or (self._tokenizer.convert_ids_to_tokens(token) or "").encode()
+        return self._bytes(token) or str(self._tokenizer.convert_ids_to_tokens(token) or "").encode()
 
     def detokenizer(self) -> Detokenizer:
         return Detokenizer(self._bytes)

@@ -37,6 +37,7 @@ ROUTES = [
     ("GET", "/v1/redrafter/info"),
     ("POST", "/v1/chat/completions"),
     ("POST", "/v1/completions"),
+    ("GET", "/health?deep=1"),
     ("GET", "/nothing"),
     ("GET", "//health"),
     ("GET", "/health/"),

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -354,34 +350,3 @@ def test_a_body_that_does_not_come_is_given_up(server: Running) -> None:
         object.__setattr__(server.service.settings, "body_timeout", 30.0)
     assert said.startswith(b"HTTP/1.1 408 ")
     assert json.loads(said.partition(b"\r\n\r\n")[2])["error"]["code"] == "timeout"
-
-
-def test_the_command_serves_until_it_is_told_to_stop() -> None:
-    script = (
-        "import sys; from redrafter.cli import main, options; from tests.server.serving import tiny_llm; "
-        "options.load_llm = lambda *a, **k: tiny_llm(); sys.exit(main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", script, "serve", "--port", "0", "--model-name", "mine"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert process.stderr is not None
-    try:
-        told = [process.stderr.readline().rstrip() for _ in range(4)]
-        assert told[:2] == ["model    mine", "drafter  tiny-drafter"], told
-        address = told[2].split()[1]
-        assert told[3].startswith(f"try      curl {address}/v1/chat/completions ")
-        wait_for(lambda: _up(address))
-        assert chat(address).json()["model"] == "mine"
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
-        log = [json.loads(line) for line in process.stderr.read().splitlines() if line.startswith("{")]
-        assert any(line["message"] == "request" and line.get("answer_tokens") == 8 for line in log)
-    finally:
-        process.kill()
-        process.stderr.close()
-
-
-def _up(address: str) -> bool:
-    try:
-        return httpx2.get(address + "/ready").status_code == 200
-    except httpx2.HTTPError:
-        return False
