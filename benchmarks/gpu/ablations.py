@@ -73,10 +73,11 @@ def shared_settings(args: argparse.Namespace) -> dict[str, Any]:
 def run_job(args: argparse.Namespace, job: Job) -> None:
     """Train one drafter and measure it; its table becomes W/runs/NAME/result.json."""
     from redrafter.backends.torch.checkpoint import load_drafter, read_metadata
+    from redrafter.train.conduct import Conduct
     from redrafter.train.evaluate import EvalOptions, Evaluation, by_category
     from redrafter.train.files import write_json
     from redrafter.train.prompts import read_prompts
-    from redrafter.train.run import Conduct, Run
+    from redrafter.train.run import Run
     from redrafter.train.samples import Samples
     from redrafter.train.settings import drafter_bytes, make_settings
     from redrafter.train.target import OpenModel

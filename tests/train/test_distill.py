@@ -38,7 +38,7 @@ def test_anchors_and_teachers_equal_a_loop_over_single_anchors(target: TrainingT
     drafter = tiny_drafter
     distiller = Distiller(target, drafter, HeadLoss("kl", 0.0, 3.0, 8, False), 0.1)
     batch = make_batch(texts, starts, DEPTHS, chunk=8)
-    tokens, taught, anchor, teacher, depths = (torch.from_numpy(x) for x in batch)
+    tokens, taught, anchor, teacher, depths = (torch.from_numpy(x) for x in batch[:5])
     features = target.features(tokens)
     context = distiller.context(features, tokens).flatten(0, 1)[anchor]
     teaching = teach(features[..., :32].flatten(0, 1)[taught], distiller.teacher_head, 40)

@@ -21,9 +21,10 @@ from redrafter.cli import main
 from redrafter.errors import InvalidRequest, TrainingDiverged
 from redrafter.files import sha256
 from redrafter.load import known_shapes
+from redrafter.train.conduct import Conduct
 from redrafter.train.learner import Learner
 from redrafter.train.plan import estimate
-from redrafter.train.run import Conduct, Run
+from redrafter.train.run import Run
 from redrafter.train.samples import Samples
 from redrafter.train.settings import default_layers, drafter_bytes, drafter_config, make_settings
 from redrafter.train.target import OpenModel

@@ -64,6 +64,10 @@ def train(
         float | None, typer.Option(help="Seconds after which this call saves and ends.", show_default=False)
     ] = None,
     compile_loss: Annotated[bool, typer.Option("--compile", help="torch.compile the loss (GPU).")] = False,
+    cached: Annotated[
+        Path | None,
+        typer.Option(help="Keep the model's hidden states here, for later runs, too.", show_default=False),
+    ] = None,
     shard_teacher: Annotated[
         bool, typer.Option("--shard-teacher", help="Spread MODEL over the processes of torchrun (FSDP2).")
     ] = False,
@@ -75,8 +79,9 @@ def train(
     quiet: opt.Quiet = False,
 ) -> None:
     from redrafter.models import DEFAULT_MODEL
+    from redrafter.train.conduct import Conduct
     from redrafter.train.plan import estimate
-    from redrafter.train.run import Conduct, Run
+    from redrafter.train.run import Run
     from redrafter.train.samples import Samples
     from redrafter.train.settings import make_settings
     from redrafter.train.target import OpenModel
@@ -99,6 +104,7 @@ def train(
         math.inf if stop_after is None else stop_after,
         tensorboard=tensorboard,
         compile=compile_loss,
+        cached=cached,
         shard_teacher=shard_teacher,
         quiet=quiet,
     )

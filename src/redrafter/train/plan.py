@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from redrafter.backends.torch.drafter import DrafterConfig
-from redrafter.train.run import resolved
+from redrafter.train.cached import cached_bytes
+from redrafter.train.conduct import resolved
 from redrafter.train.samples import Loader, Samples
 from redrafter.train.settings import TrainSettings, drafter_bytes, drafter_config
 from redrafter.train.target import OpenModel
@@ -34,6 +35,7 @@ def estimate(model: OpenModel, samples: Samples, settings: TrainSettings) -> dic
         "tokens_per_step": settings.batch_tokens * settings.batches_per_step,
         "tokens": settings.batch_tokens * settings.batches_per_step * steps or None,
         "memory_bytes": memory,
+        "cached_states_bytes": cached_bytes(loader, config.feature_size),
         "drafter_bytes": size.stored,
         "bytes_read_per_step": size.per_step,
         "bytes_read_per_depth": size.per_depth,

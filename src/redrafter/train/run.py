@@ -13,12 +13,11 @@ import json
 import math
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +27,9 @@ from redrafter.backends.torch.checkpoint import save_drafter
 from redrafter.backends.torch.drafter import Drafter
 from redrafter.errors import InvalidRequest, TrainingDiverged
 from redrafter.models.integrity import read_json
+from redrafter.train.cached import CachedStates, write_states
 from redrafter.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from redrafter.train.conduct import Conduct, Progress, Stop, resolved
 from redrafter.train.evaluate import (
     TREE_SIZES,
     Evaluation,
@@ -53,66 +54,6 @@ AGREE_EVERY = 10
 """Steps between the looks that several processes take at each other's clocks and signals: each waits for all GPUs."""
 SHAPE_TEXTS = 24
 """Texts that the tokens per step of every beam shape are measured on."""
-
-
-class Conduct(NamedTuple):
-    """How a run is watched and kept: nothing here changes the weights."""
-
-    save_every: int = 200
-    keep: int = 3
-    log_every: int = 50
-    stop_after: float = math.inf
-    """seconds of this call, after which it saves and ends"""
-    tensorboard: Path | None = None
-    compile: bool = False
-    shard_teacher: bool = False
-    """the target's layers are spread over the processes, for one that does not fit one card"""
-    quiet: bool = False
-
-
-@dataclass
-class Progress:
-    """The scalars of a checkpoint. ``batch`` is the number of the next batch."""
-
-    step: int = 0
-    batch: int = 0
-    anchors: int = 0
-    trained_seconds: float = 0.0
-    best: float = 0.0
-    best_step: int = 0
-    without_better: int = 0
-    evaluated: int = 0
-
-
-class Stop:
-    """SIGTERM and Ctrl-C ask for an end after the current step; a second Ctrl-C ends at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Stop:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-
-def resolved(settings: TrainSettings, device: torch.device) -> TrainSettings:
-    """Sizes that the device decides, made explicit, so that run.json and the checkpoints record them."""
-    cpu = device.type == "cpu"
-    values = asdict(settings)
-    values["batch_tokens"] = settings.batch_tokens or (4096 if cpu else 32768)
-    values["chunk"] = settings.chunk or (1024 if cpu else 4096)
-    return TrainSettings(**values)
 
 
 class Run:
@@ -152,6 +93,7 @@ class Run:
         loss = HeadLoss(settings.loss, settings.ce_weight, settings.mix_decay, settings.chunk, conduct.compile)
         self.learner = Learner(settings, self.config, target, chosen, loss, self.group)
         self.progress = Progress()
+        self.states: CachedStates | None = None
         self._own_anchors = 0
         self._unchecked: list[tuple[int, Tensor]] = []
         self.last: dict[str, Any] = {}
@@ -166,6 +108,8 @@ class Run:
             "data_sha256": samples.sha256,
             "device": model.device.type,
             "dtype": str(model.dtype).removeprefix("torch."),
+            # States on disk are rounded to bfloat16.
+            "cached": self.conduct.cached is not None,
             "settings_sha256": settings.sha256(),
             "settings": json.loads(json.dumps(asdict(settings))),
         }
@@ -178,6 +122,7 @@ class Run:
             return
         found = read_json(path)
         old = {**found.get("settings", {}), **found}
+        old.setdefault("cached", False)
         for key, value in {**self.facts["settings"], **self.facts}.items():
             if key not in ("settings", "settings_sha256", "model", "redrafter") and old.get(key) != value:
                 raise InvalidRequest(
@@ -235,6 +180,8 @@ class Run:
             self.reporter.say(
                 "no held-out greedy text in the data: selecting by texts that are trained on; make more data"
             )
+        if self.conduct.cached is not None:
+            self.states = self._cached(self.conduct.cached)
         self.learner.distiller.prepare()
         with Stop() as stop:
             try:
@@ -246,6 +193,15 @@ class Run:
         if stop.asked:
             raise KeyboardInterrupt
         return self.summary()
+
+    def _cached(self, folder: Path) -> CachedStates:
+        """The hidden states on disk; one process alone writes those that are missing."""
+        target = self.learner.target
+        facts = {key: self.facts[key] for key in ("model_sha256", "data_sha256")}
+        facts |= {"feature_layers": list(target.feature_layers), "row_length": self.loader.row_length}
+        if self.group.world == 1:
+            write_states(folder, target, self.loader, facts, self.reporter.say)
+        return CachedStates(folder, self.loader, target.feature_size, facts)
 
     def _steps(self, stop: Stop) -> None:
         mark, anchors = time.monotonic(), self.progress.anchors
@@ -296,6 +252,9 @@ class Run:
         numbers = range(self.progress.batch, self.progress.batch + settings.batches_per_step)
         mine = [n for i, n in enumerate(numbers) if i % world == self.group.rank]
         batches = [self.loader.batch(n, settings.draft_length, settings.chunk, settings.anchors) for n in mine]
+        if self.states is not None:
+            pairs = zip(batches, mine, strict=True)
+            batches = [b._replace(features=self.states.features(self.loader.chosen(n))) for b, n in pairs]
         report = self.learner.update(batches, self.progress.step, self.fraction)
         self._unchecked.append((self.progress.batch, report.loss))
         self.progress.step += 1

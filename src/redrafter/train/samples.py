@@ -143,6 +143,8 @@ class Batch(NamedTuple):
     """[A] row of ``taught`` that teaches depth 1; depth k is taught by the row k - 1 further on"""
     depths: np.ndarray
     """[A] depths that exist before the text ends, at most draft_length; 0 for padding"""
+    features: Any = None
+    """[B, T, F] the target's hidden states, a torch tensor, if they were kept on disk"""
 
 
 def make_batch(
@@ -177,7 +179,8 @@ class Loader:
     """An endless stream of batches, each named by its number: epoch after epoch, rows of like length together.
 
     ``batch_tokens`` padded tokens each. Samples longer than ``row_length`` are cut; those whose answer starts beyond it
-    are left out. What batch n holds depends on the samples, the settings and the seed only.
+    are left out. ``usable``: the samples that are trained on; ``length``: of every sample, as it is cut. What batch n
+    holds depends on the samples, the settings and the seed only.
     """
 
     def __init__(self, samples: Samples, row_length: int, batch_tokens: int, seed: int) -> None:
@@ -185,8 +188,8 @@ class Loader:
         self._epoch, self._groups = -1, list[np.ndarray]()
         length = np.minimum(samples.end - samples.begin, row_length)
         usable = (samples.heldout == 0) & (samples.answer_start + 3 <= length)
-        self._usable, self._length = np.flatnonzero(usable), length
-        if len(self._usable) == 0:
+        self.usable, self.length = np.flatnonzero(usable), length
+        if len(self.usable) == 0:
             raise InvalidRequest(f"no training sample fits row_length={row_length}: raise it or make more data")
         self.epoch_batches = len(self._plan(0))
 
@@ -195,9 +198,9 @@ class Loader:
         if epoch == self._epoch:
             return self._groups
         rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(self._usable)
-        order = order[np.argsort(self._length[order], kind="stable")]
-        length = self._length[order]
+        order = rng.permutation(self.usable)
+        order = order[np.argsort(self.length[order], kind="stable")]
+        length = self.length[order]
         groups: list[np.ndarray] = []
         first = 0
         while first < len(order):
@@ -210,10 +213,14 @@ class Loader:
         self._epoch, self._groups = epoch, [groups[i] for i in rng.permutation(len(groups))]
         return self._groups
 
+    def chosen(self, number: int) -> np.ndarray:
+        """The samples of batch ``number``, row by row."""
+        epoch, index = divmod(number, self.epoch_batches)
+        return self._plan(epoch)[index]
+
     def rows(self, number: int) -> tuple[list[np.ndarray], list[int]]:
         """Texts and answer starts of batch ``number``."""
-        epoch, index = divmod(number, self.epoch_batches)
-        chosen = self._plan(epoch)[index]
+        chosen = self.chosen(number)
         texts = [self.samples.text(i)[: self.row_length] for i in chosen]
         return texts, [int(self.samples.answer_start[i]) for i in chosen]
 

@@ -197,6 +197,11 @@ class TrainingTarget:
     def device(self) -> torch.device:
         return self.embedding.device
 
+    @property
+    def feature_size(self) -> int:
+        """Numbers per token that ``features`` gives."""
+        return self.embedding.shape[1] * (1 + len(self.feature_layers))
+
     def _keep(self, layer: int) -> Any:
         def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
             self._kept[layer] = output[0] if isinstance(output, tuple) else output

@@ -90,8 +90,11 @@ class Distiller(nn.Module):
     def forward(self, batch: Batch) -> StepReport:
         """Of one batch; the loss still has its graph. ``follow`` takes a step's report in afterwards."""
         device = self.target.device
-        tokens, taught, anchor, teacher, depths = (_move(x, device) for x in batch)
-        features = self.target.features(tokens)
+        tokens, taught, anchor, teacher, depths = (_move(torch.from_numpy(x), device) for x in batch[:5])
+        if batch.features is None:
+            features = self.target.features(tokens)
+        else:
+            features = _move(batch.features, device).to(self.target.embedding.dtype)
         flat = tokens.flatten()
         with torch.no_grad():
             teaching = self.teach(features, flat, taught)
@@ -130,8 +133,7 @@ class Distiller(nn.Module):
         return self.drafter.context(features_BTF, following, position)
 
 
-def _move(array, device: torch.device) -> Tensor:  # type: ignore[no-untyped-def]
-    tensor = torch.from_numpy(array)
+def _move(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor
