@@ -1,11 +1,12 @@
-"""Decoder layers of the Llama kind in six launches: the GPU's fast path. The CPU's is ``fused.py``, the same formulas.
+"""Decoder layers of the Llama kind, of one row in six launches: the GPU's fast path, to the formulas of ``fused.py``.
 
     1 norm, q|k|v, bias                        4 out, residual
     2 head norms, rotation, cache write        5 norm, gate|up, silu(gate) * up
     3 attention                                6 down, residual
 
 Where bfloat16 is rounded other than in transformers: a norm's weight multiplies before the division by rms(x)
-(``matmul.few_rows``), and attention's probabilities are rounded before they are normalised (as torch's own kernels do).
+(``matmul.few_rows``), attention's probabilities are rounded before they are normalised (as torch's own kernels do), and
+of several rows the last residual is added before its product is rounded (``addmm``).
 """
 
 from __future__ import annotations
