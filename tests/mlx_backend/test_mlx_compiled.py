@@ -14,6 +14,7 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install 'redr
 
 import mlx.nn as nn
 
+from redrafter.algorithm.step import DecodeState
 from redrafter.backends.mlx.attention import Attention, GatedMLP, joined
 from redrafter.backends.mlx.compiled import flatten, unflatten
 from redrafter.backends.mlx.drafter import load_drafter
@@ -107,6 +108,39 @@ def test_a_step_ahead_changes_no_answer(folders: dict[str, Path], family: str) -
     assert sum(waited) < len(waited) / 2, "most steps must be started without waiting for the one before"
 
 
+def test_plain_steps_keep_their_shapes_while_the_drafter_does_not_look(folders: dict[str, Path]) -> None:
+    """A compiled step is written down anew for every shape."""
+    backend = open_backend(folders["llama"], folders["drafter"])
+    expected, _ = run(Engine(backend, PLAIN), PROMPT, params("greedy"))
+    function, seen = backend.steps._function, set()
+
+    def spy(state: DecodeState, config: DecodeConfig) -> object:
+        seen.add((config, *(x.shape for x in state.reading)))
+        return function(state, config)
+
+    backend.steps._function = spy
+    engine = Engine(backend, Seldom())
+    assert run(engine, PROMPT, params("greedy"))[0] == expected
+    assert len(seen) == 2, seen
+
+
+class Seldom:
+    """Speculates in every fifth step."""
+
+    shapes = (SHAPE, PLAIN)
+    steps = 0
+
+    def choose(self, rows: int) -> DecodeConfig:
+        self.steps += 1
+        return SHAPE if self.steps % 5 == 0 else PLAIN
+
+    def observe(self, config: DecodeConfig, accepted: list[int], seconds: float | None) -> None:
+        """Nothing to learn."""
+
+    def table(self) -> list:
+        return []
+
+
 @pytest.mark.parametrize("name", [*FAMILIES, "lone heads"])
 def test_query_heads_side_by_side(folders: dict[str, Path], name: str) -> None:
     model = open_target(folders[name]).model
@@ -124,7 +158,9 @@ def test_a_single_query_has_the_rows_that_share_its_keys(folders: dict[str, Path
         attention = MLXTarget(open_target(folders[name]).model, (), True)._layers[0][0]
         assert attention.mask(visible, mx.float32).shape == (1, 1, rows, 2), name
     plain = MLXTarget(open_target(folders["llama"]).model, (), False)._layers[0][0]
-    assert plain.mask(visible, mx.float32).tolist() == [[[[0.0, -mx.inf]]]]
+    for dtype in (mx.float32, mx.bfloat16, mx.float16):
+        shown, hidden = plain.mask(visible, dtype)[0, 0, 0].tolist()
+        assert shown == 0 and -mx.inf < hidden < -5e4 and mx.exp(mx.array(hidden, dtype) + 2000).item() == 0
 
 
 def linears(bits: int | None = None, bias: bool = True) -> list[nn.Module]:

@@ -140,7 +140,7 @@ def _resume(path: Path, wanted: dict[str, Any]) -> list[dict[str, Any]]:
     facts = {**old["settings"], "model": old["provenance"]["model"], "drafter": old["provenance"]["drafter"]}
     if facts != wanted:
         raise InvalidRequest(
-            f"{path} is of another model, drafter, prompts or length: delete it, or name another --out"
+            f"{path} is of another model, drafter, prompts or length: delete it or use another --out"
         )
     records: list[dict[str, Any]] = old["prompts"]
     return records

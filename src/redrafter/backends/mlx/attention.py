@@ -48,7 +48,7 @@ class Attention:
 
     def mask(self, visible_BNS: mx.array, dtype: mx.Dtype) -> mx.array:
         """[B, 1, rows of a query, S]: what to add to the scores."""
-        mask = mx.where(visible_BNS, mx.array(0.0, dtype), mx.array(-mx.inf, dtype))
+        mask = additive(visible_BNS, dtype)
         if self.side_by_side and mask.shape[1] == 1:
             mask = mx.contiguous(mx.broadcast_to(mask, (mask.shape[0], max(2, self._group), mask.shape[2])))
         return mask[:, None]
@@ -91,6 +91,13 @@ class Attention:
         parts = range(0, y.shape[0], MAX_ROTATED)
         done = [self.module.rope(y[i : i + MAX_ROTATED], offset=offset[i : i + MAX_ROTATED]) for i in parts]
         return done[0] if len(done) == 1 else mx.concatenate(done)
+
+
+def additive(visible: mx.array, dtype: mx.Dtype) -> mx.array:
+    """0 where a query may look and a number that no score outweighs elsewhere: not -inf, since a fused kernel may meet
+    a whole block of those before it meets a score, and subtract infinities."""
+    lowest = -6.0e4 if dtype == mx.float16 else -1.0e30
+    return mx.where(visible, mx.array(0.0, dtype), mx.array(lowest, dtype))
 
 
 class GatedMLP:

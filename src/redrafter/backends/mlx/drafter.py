@@ -91,7 +91,7 @@ class TrunkLayer(nn.Module):
 
 
 class Trunk(nn.Module):
-    """[B, T, D] -> [B, T, D]. ``mask`` [B, 1, T, S] bool over what ``store`` returns."""
+    """[B, T, D] -> [B, T, D]. ``mask`` [B, 1, T, S], added to scores over what ``store`` returns."""
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()

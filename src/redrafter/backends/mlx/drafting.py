@@ -8,6 +8,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from redrafter.algorithm.beam import Reading
+from redrafter.backends.mlx.attention import additive
 from redrafter.backends.mlx.drafter import Drafter
 from redrafter.backends.mlx.kv_cache import SLOT_STEP, KVCache
 
@@ -74,7 +75,8 @@ class MLXDrafter:
             return self.drafter.context(features, next_BTD, position_BT, None, _no_store)
         limit = cache.limit_for(first_B, pairs)
         cache.place(row, position_BT, limit)
-        mask = self.drafter.trunk.visible(position_BT, mx.arange(limit, dtype=mx.int64)[None])
+        visible = self.drafter.trunk.visible(position_BT, mx.arange(limit, dtype=mx.int64)[None])
+        mask = additive(visible, next_BTD.dtype)
 
         def store(layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
             return cache.update(layer, keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3))

@@ -160,6 +160,8 @@ class MLXBackend(BaseBackend):
         caches, longest = self._caches if speculate else [self.target.cache], self._longest(state.lengths)
         limits = [caches[0].round_up(longest + config.tree_size)]
         limits += [cache.round_up(longest + depths) for cache in caches[1:]]
+        if not speculate:  # what waits for the drafter grows; a step that does not look at it keeps its shapes
+            state = state._replace(reading=Reading(*(part[:, :1] for part in state.reading[:2]), *state.reading[2:]))
         after, accepted, tree, self._told = self.steps(state, config, caches, tuple(limits))
         self._before, self._after, self._advance = state.lengths, after.lengths, depths
         return after, accepted, tree
