@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer
 
 from redrafter.cli import main
-from redrafter.errors import InvalidRequest
+from redrafter.errors import InvalidRequest, ModelNotFound
 from redrafter.files import sha256
 from redrafter.train.chat import chat_frame, encode, render
 from redrafter.train.prompts import read_prompts
@@ -78,6 +79,26 @@ def test_hub_data_sets_say_what_they_need(monkeypatch) -> None:
         read_prompts(["owner/name:train"])
     with pytest.raises(InvalidRequest, match="no such file"):
         read_prompts(["not-there.jsonl"])
+
+
+def test_hub_data_sets_are_read_as_files_are(monkeypatch) -> None:
+    asked = []
+
+    def load_dataset(name: str, split: str) -> list[dict[str, object]]:
+        asked.append((name, split))
+        if name == "owner/gone":
+            raise FileNotFoundError("Dataset 'owner/gone'\n doesn't exist")
+        rows = [{"prompt": "w1"}, {"conversations": [{"from": "human", "value": "w2"}]}]
+        return [*rows, {"text": "?"}] if split == "bad" else rows
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    found = read_prompts(["owner/name", "owner/name:train_sft"])
+    assert [p.messages[-1]["content"] for p in found] == ["w1", "w2"] * 2
+    assert asked == [("owner/name", "train"), ("owner/name", "train_sft")]
+    with pytest.raises(InvalidRequest, match="owner/name:bad:3: no prompt found"):
+        read_prompts(["owner/name:bad"])
+    with pytest.raises(ModelNotFound, match=r"'owner/gone' could not be loaded \(Dataset 'owner/gone' doesn't exist\)"):
+        read_prompts(["owner/gone"])
 
 
 def test_answers_start_where_the_template_ends(model_folder: Path, tmp_path: Path, capsys) -> None:

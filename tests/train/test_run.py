@@ -197,6 +197,22 @@ def test_minutes_follow_the_clock_over_several_calls(model_folder: Path, data: P
     assert second.learner.optimizer.param_groups[0]["lr"] == pytest.approx(5e-3 * 0.05, rel=0.5)
 
 
+def test_tensorboard_has_what_the_log_has_once(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the package tensorboard is not installed (extra: train)")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = QUIET._replace(tensorboard=tmp_path / "board", log_every=1)
+    make_run(model_folder, data, tmp_path / "run", board._replace(stop_after=0.0)).fit()
+    make_run(model_folder, data, tmp_path / "run", board).fit()
+    events = EventAccumulator(str(tmp_path / "board"))
+    events.Reload()
+    found = {e.step: e.value for e in events.Scalars("loss")}
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    expected = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    assert found == pytest.approx(expected) and sorted(found) == list(range(1, 13))
+    assert len(events.Scalars("hit/1")) == 12 and [e.step for e in events.Scalars("tokens_per_step")] == [6, 12]
+
+
 @pytest.mark.parametrize("option", [[], ["--shard-teacher"]], ids=["whole teacher", "sharded teacher"])
 def test_two_processes_give_the_result_of_one(
     model_folder: Path, data: Path, whole: Path, tmp_path: Path, option: list[str]

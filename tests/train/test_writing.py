@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from redrafter.errors import UnsupportedModel
 from redrafter.train.chat import chat_frame
 from redrafter.train.data import group_by_length
-from redrafter.train.target import TrainingTarget
+from redrafter.train.target import ATTENTION, TrainingTarget, attend
 from redrafter.train.writing import Draw, Writer, WritingConfig, distinct_share, loops, pick
+from tests.tiny import make_model
 
 
 @pytest.mark.parametrize("lengths", [(5, 5, 5, 5), (3, 9, 6, 1)])
@@ -36,6 +37,26 @@ def test_greedy_texts_equal_generate(model_folder: Path, target: TrainingTarget,
         stop = min((i for i, t in enumerate(expected) if t in end), default=23)
         assert text.tokens.tolist() == expected[: stop + 1]
         assert text.ended == (expected[stop] in end)
+
+
+def test_a_model_with_softcapped_attention_is_written_and_read_as_transformers_does() -> None:
+    changes = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 1}
+    plain, without = make_model("gemma2", "eager", **changes), make_model("gemma2", "eager", **changes)
+    without.config.attn_logit_softcapping = None
+    for layer in without.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    AttentionInterface.register(ATTENTION, attend)
+    target = TrainingTarget(make_model("gemma2", ATTENTION, **changes))
+    tokens = torch.from_numpy(np.random.default_rng(2).integers(3, 96, (3, 17)))
+    expected = plain.model(tokens).last_hidden_state
+    assert torch.allclose(target.features(tokens), expected, atol=1e-4)
+    assert not torch.allclose(without.model(tokens).last_hidden_state, expected, atol=1e-2), "the cap does something"
+    prompts = [tokens[0, :9].numpy(), tokens[1, :4].numpy()]
+    config = WritingConfig(max_new=12, drop_loops=False)
+    for text in Writer(target, {2}, cache_tokens=100).write(prompts, config):
+        ids = torch.from_numpy(prompts[text.row])[None]
+        made = plain.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
+        assert text.tokens.tolist() == made[0, ids.shape[1] :].tolist()
 
 
 def test_pick_draws_from_the_softmax() -> None:

@@ -39,11 +39,13 @@ def attend(
 
     A mask of one element means plain causal attention (all of it for a single token): the fused kernels want no mask.
     """
-    if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
-        raise UnsupportedModel("attention with soft-capping or sinks: training has no kernel for it; use another model")
+    if kwargs.get("s_aux") is not None:
+        raise UnsupportedModel("attention with sinks: training has no kernel for it; use another model")
     rows, heads, length, width = query.shape
     groups = heads // key.shape[1]
     mask = None if attention_mask is None or attention_mask.numel() == 1 else attention_mask
+    if kwargs.get("softcap"):
+        return _softcapped(query, key, value, mask, scaling, float(kwargs["softcap"])), None
     if length == 1:
         # The heads that share keys become queries of one head, so the cache is read once, not once per head.
         folded = query.reshape(rows, key.shape[1], groups, width)
@@ -63,6 +65,23 @@ def attend(
         enable_gqa=mask is None and groups > 1,
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _softcapped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, softcap: float
+) -> Tensor:
+    """Attention whose scores are squashed (Gemma 2): no fused kernel does that, so the scores are held in float32."""
+    groups, length, slots = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = (query @ key.transpose(2, 3)).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = cap(scores, softcap)
+    if mask is None:
+        seen = torch.ones(length, slots, dtype=torch.bool, device=query.device).tril(slots - length)
+        scores = scores.masked_fill(~seen, float("-inf"))
+    else:
+        scores = scores + mask
+    out = torch.softmax(scores, dim=-1).to(query.dtype) @ value
+    return out.transpose(1, 2).contiguous()
 
 
 class BatchCache:
