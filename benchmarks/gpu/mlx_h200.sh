@@ -19,11 +19,14 @@ for folder in "${CUDA_HOME:-}" /usr/local/cuda "$nvidia/cu13"; do
         break
     fi
 done
-export MLX_PTX_CACHE_DIR=$home/ptx PYTHONUNBUFFERED=1 PYTHONPATH=src:$site${PYTHONPATH:+:$PYTHONPATH}
+export MLX_CUDA_GRAPH_CACHE_SIZE=${MLX_CUDA_GRAPH_CACHE_SIZE:-1000} MLX_PTX_CACHE_DIR=$home/ptx PYTHONUNBUFFERED=1 PYTHONPATH=src:$site${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$MLX_PTX_CACHE_DIR"
 for folder in cu13 cudnn nccl cublas cuda_nvrtc cufft cusolver; do
     LD_LIBRARY_PATH=$nvidia/$folder/lib:${LD_LIBRARY_PATH:-}
 done
+if [ -d /usr/local/nvidia/lib64 ]; then
+    LD_LIBRARY_PATH=$LD_LIBRARY_PATH:/usr/local/nvidia/lib64 # the driver's, where a container mounts it
+fi
 export LD_LIBRARY_PATH
 redrafter() { python3 -m redrafter.cli "$@"; }
 stage=$1
@@ -37,7 +40,8 @@ install)
     cat "$home"/mlx.part0 "$home"/mlx.part1 >"$home/mlx.tar.xz"
     echo "$(cat "$home/mlx.sha256")  $home/mlx.tar.xz" | sha256sum --check
     mkdir -p "$site"
-    tar -C "$site" -xJf "$home/mlx.tar.xz"
+    python3 -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="tar")' \
+        "$home/mlx.tar.xz" "$site"
     ln -sfn "$nvidia" "$site/nvidia" # libmlx.so looks for the libraries beside itself
     if ldd "$site/mlx/lib/libmlx.so" | grep 'not found'; then
         find "$nvidia" -name '*.so*' | grep -E 'cublasLt|cufft|cusolver|nvrtc|cudnn\.so|nccl' || true
