@@ -19,8 +19,10 @@ from redrafter.backends.torch.drafting import DraftState, TorchDrafter
 from redrafter.backends.torch.graph import CudaRecorder, GraphRunner, leaves, like
 from redrafter.backends.torch.kernels import step as kernels
 from redrafter.backends.torch.kernels.matmul import MAX_ROWS, few_rows, gru_step
+from redrafter.backends.torch.kernels.window import MAX_PAIRS, window_attention
 from redrafter.backends.torch.load import TorchBackend, bind
 from redrafter.backends.torch.target import TorchTarget
+from redrafter.backends.torch.trunk import Attend
 from redrafter.params import MAX_TREE, DecodeConfig
 
 SPARE_SLOTS = 2 * MAX_TREE
@@ -128,6 +130,17 @@ class KernelDrafter(TorchDrafter):
         if self._project:
             parts = drafter.input_proj.weight.split([config.width, config.state_size], 1)
             self._of_context, self._of_state = (part.contiguous() for part in parts)
+
+    def _attention(self, rows: slice, position_BT: Tensor) -> Attend:
+        if position_BT.shape[1] > MAX_PAIRS:
+            return super()._attention(rows, position_BT)
+        first_B = position_BT[:, 0].contiguous()
+        window = self.drafter.config.trunk_window
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return window_attention(q, k, v, self._keys[layer][rows], self._values[layer][rows], first_B, window)
+
+        return attend
 
     def begin(self, reading: Reading) -> DraftState:
         state = super().begin(reading)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from redrafter.backends.torch.trunk import Store, Trunk, rms
+from redrafter.backends.torch.trunk import Attend, Trunk, rms
 from redrafter.drafter_config import CELLS, HEADS, DrafterConfig
 
 __all__ = ["CELLS", "HEADS", "Drafter", "DrafterConfig", "ResidualBlock"]
@@ -76,16 +76,15 @@ class Drafter(nn.Module):
         features_BTF: Tensor,
         next_BTD: Tensor,
         position_BT: Tensor,
-        mask: Tensor | None = None,
-        store: Store | None = None,
+        attend: Attend | None = None,
     ) -> Tensor:
         """What stays constant while one tree is drafted: [B, T, F] features, [B, T, D] embeddings of the tokens that
-        follow them -> [B, T, C]. ``mask`` and ``store`` are the trunk's (``trunk.py``); without them T is the text."""
+        follow them -> [B, T, C]. ``attend`` is the trunk's (``trunk.py``); without it T is the text."""
         if not self.config.fused:
             return features_BTF[..., : self.config.hidden_size]
         parts = [rms(x) for x in features_BTF.split(self.config.hidden_size, dim=-1)]
         x = self.fuse(torch.cat([*parts, rms(next_BTD)], dim=-1))
-        return rms(self.trunk(x, position_BT, mask, store))
+        return rms(self.trunk(x, position_BT, attend))
 
     def first_state(self, context: Tensor, root_embedding: Tensor) -> Tensor:
         """s_1: the state after the root, from s_0. [..., C], [..., D] -> [..., state]."""

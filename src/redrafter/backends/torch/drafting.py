@@ -10,6 +10,7 @@ from torch import Tensor
 
 from redrafter.algorithm.beam import Reading
 from redrafter.backends.torch.drafter import Drafter
+from redrafter.backends.torch.trunk import Attend, within
 from redrafter.errors import InvalidRequest
 
 
@@ -80,18 +81,22 @@ class TorchDrafter:
         if not self._keys:
             assert not (self.drafter.config.trunk_layers and self.drafter.config.trunk_heads), "allocate() comes first"
             return self.drafter.context(features, next_BTD, position_BT)
-        rows = slice(row, row + position_BT.shape[0])
-        limit = self._limit(position_BT)
+        attend = self._attention(slice(row, row + position_BT.shape[0]), position_BT)
+        return self.drafter.context(features, next_BTD, position_BT, attend)
 
-        def store(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-            for cache, new in ((self._keys[layer], keys), (self._values[layer], values)):
+    def _attention(self, rows: slice, position_BT: Tensor) -> Attend:
+        """Attention of new pairs at these positions over all that is kept of their rows, themselves included."""
+        limit = self._limit(position_BT)
+        slots = torch.arange(limit, device=position_BT.device)[None]
+        look = within(self.drafter.trunk.visible(position_BT, slots))
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            for cache, new in ((self._keys[layer], k), (self._values[layer], v)):
                 index = position_BT[:, None, :, None].expand(new.shape)
                 cache[rows].scatter_(2, index, new)
-            return self._keys[layer][rows, :, :limit], self._values[layer][rows, :, :limit]
+            return look(layer, q, self._keys[layer][rows, :, :limit], self._values[layer][rows, :, :limit])
 
-        slots = torch.arange(limit, device=first_B.device)[None]
-        mask = self.drafter.trunk.visible(position_BT, slots)
-        return self.drafter.context(features, next_BTD, position_BT, mask, store)
+        return attend
 
     def _limit(self, position_BT: Tensor) -> int:
         """How many slots attention must look at: on the CPU those in use, elsewhere all, so that shapes are static."""

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Store = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(layer, keys [B, H, T, d], values) -> all keys and values to attend to; training passes them through."""
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, rotated queries [B, H, T, d], rotated keys [B, Hkv, T, d], values) -> [B, H, T, d]: attention over whatever
+is kept. Training attends within the text it is given."""
 
 
 def rms(x: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ class TrunkLayer(nn.Module):
         self.up_proj = nn.Linear(width, inner, bias=False)
         self.down_proj = nn.Linear(inner, width, bias=False)
 
-    def attend(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, store: Store, layer: int) -> Tensor:
+    def attend(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, layer: int) -> Tensor:
         rows, length, _ = x.shape
         n = rms(x)
 
@@ -60,26 +61,18 @@ class TrunkLayer(nn.Module):
             return y.view(rows, length, -1, self.head_width).transpose(1, 2)
 
         q, k, v = split(self.q_proj(n)), split(self.k_proj(n)), split(self.v_proj(n))
-        keys, values = store(layer, rotate(k, *rope), v)
-        y = F.scaled_dot_product_attention(
-            rotate(q, *rope),
-            keys,
-            values,
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=self.heads != self.kv_heads,
-        )
+        y = attend(layer, rotate(q, *rope), rotate(k, *rope), v)
         return x + self.o_proj(y.transpose(1, 2).reshape(rows, length, -1))
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, store: Store, layer: int) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, layer: int) -> Tensor:
         if self.heads:
-            x = self.attend(x, rope, mask, store, layer)
+            x = self.attend(x, rope, attend, layer)
         n = rms(x)
         return x + self.down_proj(F.silu(self.gate_proj(n)) * self.up_proj(n))
 
 
 class Trunk(nn.Module):
-    """[B, T, D] -> [B, T, D]. ``mask`` [B, 1, T, S] bool over what ``store`` returns; None is causal within T."""
+    """[B, T, D] -> [B, T, D]. Without ``attend``, causal attention within T."""
 
     def __init__(self, layers: int, width: int, heads: int, kv_heads: int, expansion: float, window: int) -> None:
         super().__init__()
@@ -87,12 +80,13 @@ class Trunk(nn.Module):
         self.head_width = width // heads if heads else 0
         self.layers = nn.ModuleList(TrunkLayer(width, heads, kv_heads, expansion) for _ in range(layers))
 
-    def forward(self, x: Tensor, position_BT: Tensor, mask: Tensor | None = None, store: Store | None = None) -> Tensor:
+    def forward(self, x: Tensor, position_BT: Tensor, attend: Attend | None = None) -> Tensor:
         rope = rotary(position_BT, self.head_width, x.dtype) if self.head_width else (x, x)
-        if mask is None and self.head_width and x.shape[1] > self.window:
-            mask = self.visible(position_BT, position_BT)
+        if attend is None:
+            limited = self.head_width and x.shape[1] > self.window
+            attend = within(self.visible(position_BT, position_BT) if limited else None)
         for index, layer in enumerate(self.layers):
-            x = layer(x, rope, mask, store or _keep, index)
+            x = layer(x, rope, attend, index)
         return x
 
     def visible(self, query_BT: Tensor, key_BS: Tensor) -> Tensor:
@@ -101,5 +95,11 @@ class Trunk(nn.Module):
         return ((distance >= 0) & (distance < self.window))[:, None]
 
 
-def _keep(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    return keys, values
+def within(mask: Tensor | None) -> Attend:
+    """Attention over the keys and values it is given; ``mask`` [B, 1, T, S] bool, None is causal."""
+
+    def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+
+    return attend
