@@ -118,5 +118,6 @@ def test_the_same_tree_from_the_same_pool() -> None:
     ours = pack(OURS, DraftBeams(*map(mx.array, (tokens, parent, depth, score, final)), length), mx.array(root), 12)
     arrays = map(torch.from_numpy, (tokens, parent, depth, score, final))
     theirs = pack(THEIRS, DraftBeams(*arrays, length), torch.from_numpy(root), 12)
-    for mine, other in zip(ours, theirs, strict=True):
+    assert ours.ancestors is theirs.ancestors is None
+    for mine, other in zip(ours[:5], theirs[:5], strict=True):
         assert np.array_equal(np.array(mine), other.numpy())
