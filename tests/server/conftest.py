@@ -1,18 +1,24 @@
-"""Fixtures of the server's tests; without the serve extra all of them are skipped."""
+"""Fixtures of the server's tests. Without the serve extra only the page's tests are collected."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import pytest
 
-pytest.importorskip("uvicorn", reason="the serve extra is not installed")
+if TYPE_CHECKING:
+    from tests.server.serving import Running
 
-from tests.server.serving import Running, running
+if any(find_spec(name) is None for name in ("uvicorn", "starlette", "msgspec", "prometheus_client")):
+    collect_ignore_glob = ["test_[!p]*.py"]
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
+    from tests.server.serving import running
+
     with running() as run:
         yield run
 

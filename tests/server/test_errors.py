@@ -112,7 +112,7 @@ def test_a_known_field_that_is_not_supported_is_named(server_url: str, name: str
     error = error_of(response)
     assert (error["param"], error["code"]) == (name, "unsupported_parameter")
     for nothing in (None, *UNSUPPORTED[name]):
-        assert chat(server_url, **{name: nothing}).status_code == 200
+        assert chat(server_url, **{"max_tokens": 1, name: nothing}).status_code == 200
 
 
 @pytest.mark.parametrize(

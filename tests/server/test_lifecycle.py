@@ -80,7 +80,7 @@ def test_a_client_that_leaves_the_queue_leaves_the_others_alone(slow: Running) -
 
 def test_a_full_house_says_so_at_once_and_when_to_come_again(slow: Running) -> None:
     with ThreadPoolExecutor(2) as pool:
-        taken = [pool.submit(chat, slow.url, max_tokens=100) for _ in range(2)]
+        taken = [pool.submit(chat, slow.url, max_tokens=40) for _ in range(2)]
         wait_for(lambda: slow.service.worker.open_requests == 2)
         refused = chat(slow.url)
         assert not any(one.done() for one in taken), "the refusal waited for nobody"
