@@ -21,6 +21,7 @@ from redrafter.cli import main
 from redrafter.errors import InvalidRequest, TrainingDiverged
 from redrafter.files import sha256
 from redrafter.load import known_shapes
+from redrafter.train import plan as plans
 from redrafter.train.conduct import Conduct
 from redrafter.train.learner import Learner
 from redrafter.train.plan import estimate
@@ -276,9 +277,25 @@ def test_defaults_fit_any_model_and_bytes_are_those_of_the_file(whole: Path) -> 
     assert drafter_bytes(drafter.config).stored == stored
 
 
+def test_the_plan_takes_longer_for_more_steps_and_a_slower_device(model_folder: Path, data: Path, monkeypatch) -> None:
+    opened, samples = OpenModel(str(model_folder), "cpu", "float32"), Samples([data])
+
+    def seconds(rate: float, **changes: Any) -> int:
+        monkeypatch.setattr(plans, "product_rate", lambda device, dtype: rate)
+        return estimate(opened, samples, make_settings(SMALL | changes))["seconds"]
+
+    once = seconds(1e6)
+    assert once > 100
+    assert seconds(1e6, steps=24) == pytest.approx(2 * once, rel=0.02)
+    assert seconds(5e5) == pytest.approx(2 * once, rel=0.02)
+    assert seconds(1e6, draft_length=6) > 1.2 * once
+    assert seconds(1e6, steps=0, minutes=2.0) == 120
+
+
 def test_the_plan_counts_steps(model_folder: Path, data: Path) -> None:
     settings = make_settings({**SMALL, "steps": 0, "epochs": 2.0})
     plan = estimate(OpenModel(str(model_folder), "cpu", "float32"), Samples([data]), settings)
     assert plan["steps"] == plan["batches_per_epoch"] > 3
     assert plan["tokens"] == plan["steps"] * 1400
+    assert plan["seconds"] >= 1
     assert plan["drafter"] == asdict(drafter_config(settings, json.loads((model_folder / "config.json").read_text())))

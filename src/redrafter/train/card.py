@@ -22,7 +22,7 @@ LIMITS = """## Limits
 """
 
 
-_READ = "Greedy, the bonus token counted, N nodes verified per step. An answer that loops is easy to guess."
+_READ = "The bonus token counted, N nodes verified per step. An answer that loops is easy to guess."
 
 
 def write_card(folder: Path, evaluations: list[Path], generation: Path | None) -> Path:
@@ -64,10 +64,15 @@ def _evaluation(result: dict[str, Any], name: str) -> list[str]:
     source = {**(result.get("provenance") or {}), **result}
     settings = ", ".join(f"{k} {source[k]}" for k in ("device", "dtype") if k in source)
     note = f" ({settings})" if settings else ""
+    asked = result.get("settings", {})
+    way = "Greedy answers."
+    if asked.get("temperature"):
+        beams = "seed-coupled beams" if asked.get("coupled") else "beams that do not see the noise"
+        way = f"Answers at temperature {asked['temperature']:g}, {beams}."
     return [
         f"## Tokens per step, `{name}`{note}",
         "",
-        _READ,
+        f"{way} {_READ}",
         "",
         *_table(rows),
     ]
