@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from redrafter.server.errors import ApiError, bad_request
 from redrafter.server.schemas import UNSUPPORTED, Common
@@ -98,6 +98,3 @@ def _depth(body: bytes) -> int:
     opens = (bare == ord("[")) | (bare == ord("{"))
     closes = (bare == ord("]")) | (bare == ord("}"))
     return int(np.cumsum((opens & outside).astype(np.int8) - (closes & outside), dtype=np.int64).max())
-
-
-__all__ = ["ClientDisconnect", "parse", "read_body"]
