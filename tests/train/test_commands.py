@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from redrafter.backends.torch.checkpoint import load_drafter
+from redrafter.bench.results import read_result
 from redrafter.cli import main
 from tests import fakes
 from tests.tiny import make_model
@@ -43,12 +44,16 @@ def test_the_three_commands_work_from_an_empty_folder(folder: Path, monkeypatch,
     monkeypatch.chdir(folder)
     three = commands()
     assert [c[0] for c in three] == ["data", "train", "generate"]
+    three[0] += ["--json-out", "datagen.json"]
     for arguments in three:
         assert main([*arguments, "--device", "cpu"]) == 0, capsys.readouterr().err
     out, err = capsys.readouterr()
     assert "tokens per step" in err
     assert json.loads(out.splitlines()[1])["best_tokens_per_step"] >= 1
     load_drafter(folder / "run" / "drafter")
+    made = read_result(folder / "datagen.json")
+    assert made["summary"]["kept_answer_tokens"] == made["counts"]["kept_answer_tokens"] > 10_000
+    assert made["summary"]["kept_answer_tokens_per_second"] > 0
     # On a model this small plain decoding may be what pays; a shape that is asked for is used.
     assert main([*three[2], "--device", "cpu", "--tree-size", "8"]) == 0
     again = capsys.readouterr()
@@ -61,10 +66,32 @@ def test_the_three_commands_work_from_an_empty_folder(folder: Path, monkeypatch,
     assert main(["eval", *where, "--max-new-tokens", "30", "--json-out", "e.json"]) == 0
     said = capsys.readouterr().out
     assert "mt_bench" in said and "acceptance per depth" in said and "tree savings" in said
-    assert set(json.loads((folder / "e.json").read_text())["categories"]) == {"all", "mt_bench", "qa"}
-    assert main(["card", "run", "--eval", "e.json", "--generation", "data/manifest.json"]) == 0
+    result = read_result(folder / "e.json")
+    assert set(result["categories"]) == {"all", "mt_bench", "qa"}
+    file = folder / "run" / "drafter" / "model.safetensors"
+    assert result["summary"]["drafter_megabytes"] == pytest.approx(file.stat().st_size / 1e6, abs=0.01)
+    assert result["summary"]["draft_bytes_per_depth"] == result["bytes"]["per_depth"] > 0
+    by_group = [result["summary"][f"tokens_per_step.{group}"] for group in ("mt_bench", "other")]
+    assert min(by_group) <= result["summary"]["tokens_per_step"] <= max(by_group)
+    sampled = ["--temperature", "1", "--seed", "5", "--max-new-tokens", "30", "--json-out"]
+    assert main(["eval", *where, *sampled, "t1.json"]) == 0
+    assert main(["eval", *where, *sampled, "t1-plain.json", "--no-seed-coupled"]) == 0
+    coupled, plain = (read_result(folder / name) for name in ("t1.json", "t1-plain.json"))
+    tokens = [[r["categories"][g]["tokens"] for g in ("mt_bench", "qa")] for r in (coupled, plain)]
+    assert tokens[0] == tokens[1], "the same answers"
+    assert coupled["summary"]["tokens_per_step"] > plain["summary"]["tokens_per_step"]
+    assert main(["card", "run", "--eval", "e.json", "--eval", "t1.json", "--generation", "data/manifest.json"]) == 0
     card = (folder / "run" / "drafter" / "README.md").read_text()
     assert card.startswith("# A drafter for my-model")
-    for words in ("mt_bench", "## Data", "kept answer tokens", "## Training", "model_sha256", "## Limits", "N=64"):
+    for words in (
+        "mt_bench",
+        "## Data",
+        "kept answer tokens",
+        "## Training",
+        "model_sha256",
+        "## Limits",
+        "N=64",
+        "temperature 1, seed-coupled",
+    ):
         assert words in card
     assert main(["eval", *where, "--category", "math"]) == 2
