@@ -11,6 +11,7 @@ from redrafter.algorithm.beam import Reading
 from redrafter.backends.mlx.attention import additive
 from redrafter.backends.mlx.drafter import Drafter
 from redrafter.backends.mlx.kv_cache import SLOT_STEP, KVCache
+from redrafter.backends.mlx.ops import counting
 
 
 class DraftState(NamedTuple):
@@ -69,13 +70,13 @@ class MLXDrafter:
         features = reading.features.astype(next_BTD.dtype)
         pairs = reading.tokens.shape[1]
         first_B = mx.maximum(reading.first, 0)
-        position_BT = first_B[:, None] + mx.arange(pairs, dtype=mx.int64)
+        position_BT = first_B[:, None] + counting(pairs)
         cache = self.cache
         if cache is None:
             return self.drafter.context(features, next_BTD, position_BT, None, _no_store)
         limit = cache.limit_for(first_B, pairs)
         cache.place(row, position_BT, limit)
-        visible = self.drafter.trunk.visible(position_BT, mx.arange(limit, dtype=mx.int64)[None])
+        visible = self.drafter.trunk.visible(position_BT, counting(limit)[None])
         mask = additive(visible, next_BTD.dtype)
 
         def store(layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -85,7 +86,7 @@ class MLXDrafter:
 
     def begin(self, reading: Reading) -> DraftState:
         context_BTD = self.read(reading)
-        row_B, last_B = mx.arange(context_BTD.shape[0], dtype=mx.int64), reading.count - 1
+        row_B, last_B = counting(context_BTD.shape[0]), reading.count - 1
         context = context_BTD[row_B, last_B][:, None]
         root = self._embed(reading.tokens[row_B, last_B])[:, None]
         return DraftState(context, self.drafter.first_state(context, root), 0)

@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from redrafter.backends.mlx.ops import counting
 from redrafter.errors import OutOfMemory
 
 SLOT_STEP = 64
@@ -79,7 +80,7 @@ class KVCache:
         looks at the first ``limit`` slots."""
         rows = slot_BN.shape[0]
         self._rows = slice(first_row, first_row + rows)
-        self._row_B1 = mx.arange(first_row, first_row + rows)[:, None]
+        self._row_B1 = counting(first_row + rows)[first_row:, None]
         self._slot_BN = slot_BN
         self._limit = limit
 
@@ -96,7 +97,7 @@ class KVCache:
 
     def move_slots(self, source_BD: mx.array, to_BD: mx.array) -> None:
         """Slot ``to[b, d]`` becomes what slot ``source[b, d]`` was, in every layer; reads all before it writes any."""
-        row_B1 = mx.arange(source_BD.shape[0])[:, None]
+        row_B1 = counting(source_BD.shape[0])[:, None]
         for cache in self.layers:
             cache[row_B1, to_BD] = cache[row_B1, source_BD]
 

@@ -7,6 +7,7 @@ torch; MLX arrays have none, the default device computes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import mlx.core as mx
 
@@ -15,12 +16,28 @@ CHUNK = 128
 """Scores per chunk of a long axis in ``top_k``."""
 
 
+@lru_cache(maxsize=1024)
+def counting(n: int) -> mx.array:
+    """[n] int64: 0, 1, 2 .. Computed once: in a compiled step it is a constant and no launch."""
+    numbers = mx.arange(n, dtype=mx.int64)
+    mx.eval(numbers)
+    return numbers
+
+
+@lru_cache(maxsize=1024)
+def constant(shape: tuple[int, ...], value: float | int | bool, dtype: mx.Dtype) -> mx.array:
+    """The same of one value everywhere."""
+    filled = mx.full(shape, value, dtype=dtype)
+    mx.eval(filled)
+    return filled
+
+
 class MLXOps:
     def arange(self, n: int, like: mx.array) -> mx.array:
-        return mx.arange(n, dtype=mx.int64)
+        return counting(n)
 
     def full(self, shape: Sequence[int], value: float | int | bool, like: mx.array) -> mx.array:
-        return mx.full(tuple(shape), value, dtype=_DTYPE[type(value)])
+        return constant(tuple(shape), value, _DTYPE[type(value)])
 
     def int32(self, x: mx.array) -> mx.array:
         return x.astype(mx.int32)
@@ -49,10 +66,10 @@ class MLXOps:
             return mx.take_along_axis(x, index, axis=-1), index
         rest = -x.shape[-1] % CHUNK
         if rest:
-            x = mx.concatenate([x, mx.full((*x.shape[:-1], rest), -mx.inf, dtype=x.dtype)], axis=-1)
+            x = mx.concatenate([x, constant((*x.shape[:-1], rest), -mx.inf, x.dtype)], axis=-1)
         parts = x.reshape(*x.shape[:-1], -1, CHUNK)
         best = mx.sort(self.argsort_descending(parts.max(axis=-1))[..., :k], axis=-1)
-        index = (best[..., None] * CHUNK + mx.arange(CHUNK, dtype=mx.int64)).reshape(*x.shape[:-1], k * CHUNK)
+        index = (best[..., None] * CHUNK + counting(CHUNK)).reshape(*x.shape[:-1], k * CHUNK)
         candidates = mx.take_along_axis(parts, best[..., None], axis=-2).reshape(*x.shape[:-1], k * CHUNK)
         order = self.argsort_descending(candidates)[..., :k]
         return mx.take_along_axis(candidates, order, axis=-1), mx.take_along_axis(index, order, axis=-1)
@@ -88,7 +105,7 @@ class MLXOps:
         return mx.log1p(x)
 
     def one_hot(self, index: mx.array, size: int) -> mx.array:
-        return index[..., None] == mx.arange(size, dtype=mx.int64)
+        return index[..., None] == counting(size)
 
     def count_tokens(self, index: mx.array, weight: mx.array, size: int) -> mx.array:
         rows, nodes, _ = weight.shape

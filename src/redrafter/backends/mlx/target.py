@@ -16,6 +16,7 @@ from redrafter.algorithm.accept import Accepted
 from redrafter.algorithm.tree import TokenTree
 from redrafter.backends.mlx.attention import Attention, GatedMLP
 from redrafter.backends.mlx.kv_cache import KVCache
+from redrafter.backends.mlx.ops import counting
 from redrafter.errors import UnsupportedModel
 
 FAMILIES = ("mlx_lm.models.llama", "mlx_lm.models.qwen2", "mlx_lm.models.qwen3")
@@ -71,7 +72,7 @@ class MLXTarget:
         limit = start + token_ids.shape[0]
         position_1T = mx.arange(start, limit, dtype=mx.int64)[None]
         self.cache.place(row, position_1T, limit)
-        visible = mx.arange(limit, dtype=mx.int64)[None, None, :] <= position_1T[:, :, None]
+        visible = counting(limit)[None, None, :] <= position_1T[:, :, None]
         features = self._forward(token_ids[None], position_1T, visible)[0]
         mx.async_eval(features, self.cache.layers)
         return features
@@ -79,9 +80,9 @@ class MLXTarget:
     def verify(self, tree: TokenTree, lengths_B: mx.array) -> tuple[mx.array, mx.array]:
         nodes = tree.tokens.shape[1]
         limit = self.cache.limit_for(lengths_B, nodes)
-        self.cache.place(0, lengths_B[:, None] + mx.arange(nodes, dtype=mx.int64), limit)
+        self.cache.place(0, lengths_B[:, None] + counting(nodes), limit)
         # Slot s holds a committed token, or node s - length of this tree, or nothing yet.
-        node_BS = mx.arange(limit, dtype=mx.int64) - lengths_B[:, None]
+        node_BS = counting(limit) - lengths_B[:, None]
         in_tree_BS = (node_BS >= 0) & (node_BS < nodes)
         index = mx.broadcast_to(mx.clip(node_BS, 0, nodes - 1)[:, None, :], (lengths_B.shape[0], nodes, limit))
         in_tree_BNS = mx.take_along_axis(tree.mask, index, axis=2) & in_tree_BS[:, None, :]
@@ -90,7 +91,7 @@ class MLXTarget:
         return self._logits(features[..., : self.hidden_size]).astype(mx.float32), features
 
     def commit(self, lengths_B: mx.array, accepted: Accepted) -> None:
-        depth_D = mx.arange(accepted.path.shape[1], dtype=mx.int64)
+        depth_D = counting(accepted.path.shape[1])
         if depth_D.shape[0] > 1:  # the root already lies where it belongs
             self.cache.move_slots(lengths_B[:, None] + accepted.path, lengths_B[:, None] + depth_D)
 
