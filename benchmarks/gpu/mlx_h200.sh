@@ -77,7 +77,7 @@ bench)
     model=$1 drafter=$2 prompts=$3 out=$4 name=$5 limit=$6
     shift 6
     redrafter bench --backend mlx --device gpu --dtype bfloat16 --model "$model" --drafter "$drafter" \
-        --prompts "$prompts" --category mt_bench --limit "$limit" --spread --max-new-tokens 256 --baseline mlx-lm \
+        --prompts "$prompts" --limit "$limit" --spread --max-new-tokens 256 --baseline mlx-lm \
         --out "$out" --name "$name" "$@"
     ;;
 *)
