@@ -18,14 +18,18 @@ for stage in "${@:-data train eval}"; do
                 --max-new-tokens 64
             ;;
         data)
-            redrafter data --model "$model" --out "$work/data" --prompts "$prompts" --seconds 440
+            redrafter data --model "$model" --out "$work/data" --prompts "$prompts" --seconds 440 \
+                --json-out "$work/datagen.json"
             ;;
         train)
             redrafter train --model "$model" --data "$work/data" --out "$work/run" --compile --minutes 14 --stop-after 560
             ;;
         eval)
             redrafter eval --model "$model" --drafter "$work/run" --prompts "$questions" --json-out "$work/run/eval.json"
-            redrafter card "$work/run" --eval "$work/run/eval.json" --generation "$work/data/manifest.json"
+            redrafter eval --model "$model" --drafter "$work/run" --prompts "$questions" --temperature 1 \
+                --json-out "$work/run/eval-t1.json"
+            redrafter card "$work/run" --eval "$work/run/eval.json" --eval "$work/run/eval-t1.json" \
+                --generation "$work/data/manifest.json"
             ;;
         *)
             echo "unknown stage $name: smoke, data, train, eval" >&2
