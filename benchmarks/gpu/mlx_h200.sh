@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # MLX on one NVIDIA GPU with CUDA 13: plain and speculative decoding and mlx-lm's own, side by side.
-#   benchmarks/gpu/mlx_h200.sh keep FOLDER                       put aside the parts that mlx_pack.sh made; once per part
+#   benchmarks/gpu/mlx_h200.sh keep FOLDER                       put aside a part that mlx_pack.sh made
 #   benchmarks/gpu/mlx_h200.sh install                           join them, find NVIDIA's libraries, ask for the GPU
 #   benchmarks/gpu/mlx_h200.sh smoke MODEL DRAFTER               a short answer both ways; compiles the kernels
 #   benchmarks/gpu/mlx_h200.sh steps MODEL DRAFTER               milliseconds per step of some beam shapes
@@ -19,7 +19,8 @@ for folder in "${CUDA_HOME:-}" /usr/local/cuda "$nvidia/cu13"; do
         break
     fi
 done
-export MLX_CUDA_GRAPH_CACHE_SIZE=${MLX_CUDA_GRAPH_CACHE_SIZE:-1000} MLX_PTX_CACHE_DIR=$home/ptx PYTHONUNBUFFERED=1 PYTHONPATH=src:$site${PYTHONPATH:+:$PYTHONPATH}
+export MLX_CUDA_GRAPH_CACHE_SIZE=${MLX_CUDA_GRAPH_CACHE_SIZE:-1000} MLX_PTX_CACHE_DIR=$home/ptx
+export PYTHONUNBUFFERED=1 PYTHONPATH=src:$site${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$MLX_PTX_CACHE_DIR"
 for folder in cu13 cudnn nccl cublas cuda_nvrtc cufft cusolver; do
     LD_LIBRARY_PATH=$nvidia/$folder/lib:${LD_LIBRARY_PATH:-}
@@ -56,16 +57,37 @@ x = mx.random.normal((64, 64)).astype(mx.bfloat16)
 y = mx.compile(lambda a: mx.sigmoid(a) * a + 1)(x @ x)[mx.array([3, 1])]
 mx.eval(y)
 print(mx.default_device(), mx.device_info(), f"{time.perf_counter() - started:.1f} s for the first kernels")
+
+# What a step relies on: attention with a mask over strided keys, a first row of masked blocks, a position per vector.
+q, kv = mx.random.normal((1, 9, 16, 64)), mx.random.normal((1, 256, 6, 64))
+mask = mx.where(mx.arange(256)[None] >= 8 * mx.arange(16)[:, None], 0.0, -1e30)[None, None]
+def attend(dtype):
+    k, v = (x.transpose(0, 2, 1, 3) for x in mx.split(kv.astype(dtype), 2, axis=2))
+    return mx.fast.scaled_dot_product_attention(q.astype(dtype), k, v, scale=0.125, mask=mask.astype(dtype))
+x, at = mx.random.normal((6, 1, 1, 64)), mx.array([0, 3, 900, 0, 5, 5], dtype=mx.int32)
+def turn(part, offset):
+    return mx.fast.rope(part, 64, traditional=False, base=1e4, scale=1.0, offset=offset)
+one_by_one = mx.concatenate([turn(x[i : i + 1], int(at[i])) for i in range(6)])
+print("attention, bfloat16 - float32:", mx.abs(attend(mx.bfloat16) - attend(mx.float32)).max().item())
+print("rotation by vector - one by one:", mx.abs(turn(x, at) - one_by_one).max().item())
+print("unrotated at 0:", mx.array_equal(turn(x, at)[0], x[0]).item())
 assert mx.default_device() == mx.gpu, "MLX sees no GPU"
 PYTHON
     ;;
 smoke)
-    ask=(generate "Name three rivers." --backend mlx --device gpu --model "$1" --drafter "$2" -q --max-new-tokens 48
-        --beam-width 4 --branching 4 --draft-length 4 --tree-size 16 --compare --repeat 1)
-    if ! time redrafter "${ask[@]}"; then
-        echo "with compiled steps it fails (above); without:"
-        time MLX_DISABLE_COMPILE=1 redrafter "${ask[@]}"
-    fi
+    ask=(generate "Name three rivers." --backend mlx --device gpu --dtype bfloat16 --model "$1" --drafter "$2" -q
+        --max-new-tokens 48 --beam-width 4 --branching 4 --draft-length 4 --tree-size 16)
+    # What fails is told by where it stops failing: compiled steps, cuDNN's attention, or neither of them.
+    for setting in A=0 MLX_DISABLE_COMPILE=1 MLX_CUDA_USE_CUDNN_SDPA=0 \
+        "MLX_DISABLE_COMPILE=1 MLX_CUDA_USE_CUDNN_SDPA=0"; do
+        echo "smoke with ${setting/A=0/everything on}"
+        # shellcheck disable=SC2086
+        if time env $setting python3 -m redrafter.cli "${ask[@]}" &&
+            time env $setting python3 -m redrafter.cli "${ask[@]}" --compare --allow-forks --repeat 1; then
+            exit 0
+        fi
+    done
+    exit 1
     ;;
 steps)
     python3 benchmarks/gpu/mlx_steps.py "$@"
