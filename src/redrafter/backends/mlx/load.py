@@ -161,7 +161,8 @@ class MLXBackend(BaseBackend):
         limits = [caches[0].round_up(longest + config.tree_size)]
         limits += [cache.round_up(longest + depths) for cache in caches[1:]]
         if not speculate:  # what waits for the drafter grows; a step that does not look at it keeps its shapes
-            state = state._replace(reading=Reading(*(part[:, :1] for part in state.reading[:2]), *state.reading[2:]))
+            first = state.reading._replace(features=state.reading.features[:, :1], tokens=state.reading.tokens[:, :1])
+            state = state._replace(reading=first)
         after, accepted, tree, self._told = self.steps(state, config, caches, tuple(limits))
         self._before, self._after, self._advance = state.lengths, after.lengths, depths
         return after, accepted, tree
