@@ -139,9 +139,7 @@ def _resume(path: Path, wanted: dict[str, Any]) -> list[dict[str, Any]]:
     old = json.loads(path.read_text(encoding="utf-8"))
     facts = {**old["settings"], "model": old["provenance"]["model"], "drafter": old["provenance"]["drafter"]}
     if facts != wanted:
-        raise InvalidRequest(
-            f"{path} is of another model, drafter, prompts or length: delete it or use another --out"
-        )
+        raise InvalidRequest(f"{path} is of another model, drafter, prompts or length: delete it or use another --out")
     records: list[dict[str, Any]] = old["prompts"]
     return records
 
