@@ -84,6 +84,8 @@ def test_random_traffic_is_answered_as_by_the_plain_backend(config: dict[str, An
     kept = [i for i, visit in enumerate(visits) if visit.cancelled is None]
     assert [recorded[i].ids for i in kept] == [plain[i].ids for i in kept]
     assert [recorded[i].reason for i in kept] == [plain[i].reason for i in kept]
+    # What was drafted, too: a wrong draft would not show in the answers.
+    assert [recorded[i].counts for i in kept] == [plain[i].counts for i in kept]
 
 
 def test_a_graph_serves_every_step_of_its_kind() -> None:

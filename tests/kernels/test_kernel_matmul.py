@@ -27,6 +27,12 @@ def test_norm_bias_activation_and_residual(rows: int, norm: str | None) -> None:
     torch.testing.assert_close(few_rows(x, w, norm=setting), F.linear(n, w), rtol=1e-5, atol=1e-5)
 
 
+def test_one_residual_for_every_row() -> None:
+    x, w, r = random(4, 72, seed=1), random(40, 72, seed=2), random(1, 40, seed=3)
+    y = few_rows(x, w, residual_MN=r.expand(4, 40))
+    torch.testing.assert_close(y, r + F.linear(x, w), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("rows", [1, 5])
 def test_gated(rows: int) -> None:
     x, w = random(rows, 72, seed=1), random(80, 72, seed=2)

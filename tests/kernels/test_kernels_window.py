@@ -16,7 +16,8 @@ from tests.tiny import drafter_config
 def test_pairs_see_the_window_and_are_kept(device: torch.device, heads: tuple[int, int], window: int) -> None:
     torch.manual_seed(0)
     config = drafter_config(trunk_heads=heads[0], trunk_kv_heads=heads[1], trunk_window=window)
-    drafter = TorchDrafter(Drafter(config).to(device), lambda ids: torch.zeros(*ids.shape, 32, device=device), lambda x: x)
+    nothing = torch.zeros(1, 32, device=device)
+    drafter = TorchDrafter(Drafter(config).to(device), lambda ids: nothing.expand(*ids.shape, 32), lambda x: x)
     drafter.allocate(3, 90)
     for cache in (*drafter._keys, *drafter._values):
         cache.normal_()

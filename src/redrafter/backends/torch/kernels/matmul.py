@@ -25,8 +25,9 @@ MAX_ROWS = 128
 
 @triton.jit
 def _finish(
-    acc, n, row, live, bias, residual, y, N, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, RESIDUAL: tl.constexpr
-):
+    acc, n, row, live, bias, residual, residual_row, y, N,
+    HAS_BIAS: tl.constexpr, SILU: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
     """acc [.., ..] float32 with column indices ``n`` and row indices ``row``: bias, activation, residual, store."""
     if HAS_BIAS:
         acc += tl.load(bias + n, mask=live, other=0.0).to(tl.float32)
@@ -36,13 +37,14 @@ def _finish(
         acc = acc / (1.0 + tl.exp(-acc))
     place = row.to(tl.int64) * N + n
     if RESIDUAL:
-        acc = acc.to(dtype).to(tl.float32) + tl.load(residual + place, mask=live, other=0.0).to(tl.float32)
+        added = tl.load(residual + row.to(tl.int64) * residual_row + n, mask=live, other=0.0)
+        acc = acc.to(dtype).to(tl.float32) + added.to(tl.float32)
     tl.store(y + place, acc.to(dtype), mask=live)
 
 
 @triton.jit
 def _gemv(
-    x, w, gain, bias, residual, y, N: tl.constexpr, K: tl.constexpr, eps,
+    x, w, gain, bias, residual, residual_row, y, N: tl.constexpr, K: tl.constexpr, eps,
     NORM: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, RESIDUAL: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -75,12 +77,12 @@ def _gemv(
         gate = y_n.to(dtype).to(tl.float32)
         gate = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
         y_n = gate * (tl.sum(up, 1) * scale).to(dtype).to(tl.float32)
-    _finish(y_n, n, n * 0, n < N, bias, residual, y, N, HAS_BIAS, SILU, RESIDUAL)
+    _finish(y_n, n, n * 0, n < N, bias, residual, residual_row, y, N, HAS_BIAS, SILU, RESIDUAL)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _skinny(
-    x, w, gain, bias, residual, y, partial, arrived, M, N: tl.constexpr, K: tl.constexpr, eps,
+    x, w, gain, bias, residual, residual_row, y, partial, arrived, M, N: tl.constexpr, K: tl.constexpr, eps,
     NORM: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, RESIDUAL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -132,7 +134,7 @@ def _skinny(
             gate = acc.to(dtype).to(tl.float32)
             gate = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
             acc = gate * up.to(dtype).to(tl.float32)
-        _finish(acc, n[:, None] + 0 * m[None, :], m[None, :] + 0 * n[:, None], live, bias, residual, y, N,
+        _finish(acc, n[:, None] + 0 * m[None, :], m[None, :] + 0 * n[:, None], live, bias, residual, residual_row, y, N,
                 HAS_BIAS, SILU, RESIDUAL)  # fmt: skip
 
 
@@ -222,7 +224,8 @@ def few_rows(
     workspace: Workspace | None = None,
     plan: _Plan | None = None,
 ) -> Tensor:
-    """[M, N] as the module's docstring says; M <= MAX_ROWS; with ``gated`` the weight is [2 N, K], gates first.
+    """[M, N] as the module's docstring says; M <= MAX_ROWS; rows of ``residual_MN`` may lie any distance apart, 0
+    included; with ``gated`` the weight is [2 N, K], gates first.
 
     bfloat16 is rounded where transformers rounds it, but for the norm: there the product of x and its weight is
     rounded before the division by rms(x) instead of after it. Without a workspace sums are not split.
@@ -236,7 +239,9 @@ def few_rows(
     eps = 0.0 if norm is None else norm.eps
     plan = plan or _plan(M, N, K, gated or norm is not None)
     flags = (kind, gated, bias_N is not None, silu, residual_MN is not None)
-    tensors = (x_MK, weight_NK, gain, x_MK if bias_N is None else bias_N, x_MK if residual_MN is None else residual_MN)
+    residual = x_MK if residual_MN is None else residual_MN
+    assert residual.stride(1) == 1
+    tensors = (x_MK, weight_NK, gain, x_MK if bias_N is None else bias_N, residual, residual.stride(0))
     if M == 1:
         grid = (triton.cdiv(N, plan.BN),)
         _gemv[grid](*tensors, y, N, K, eps, *flags, plan.BN, plan.BK, num_warps=plan.warps)
