@@ -43,13 +43,13 @@ def load(
 ) -> Engine:
     """An engine over the files of a model and of its drafter. Without ``config`` every step takes the shape that
     promises most: the shapes whose tokens per step the drafter's metadata names are timed here, then their times and
-    their acceptance are learnt (``policy.Adaptive``). ``compile=False`` keeps a GPU to torch's own eager operations:
+    their acceptance are learnt (``policy.Adaptive``). ``compile=False`` keeps a GPU to its framework's eager operations:
     no graphs, no kernels of ours."""
     chosen = pick_backend(backend)
     if threads is not None:
         _set_threads(chosen, threads)
     if chosen == "mlx":
-        opened = _open_mlx(files, drafter, dtype, device, max_context)
+        opened = _open_mlx(files, drafter, dtype, device, max_context, compile)
     else:
         opened = _open_torch(files, drafter, dtype, device, max_context, max_batch, compile)
     if config is not None or drafter is None:
@@ -115,7 +115,9 @@ def _open_torch(
     return backend
 
 
-def _open_mlx(files: ModelFiles, drafter: Path | None, dtype: str, device: str, max_context: int | None) -> Backend:
+def _open_mlx(
+    files: ModelFiles, drafter: Path | None, dtype: str, device: str, max_context: int | None, compile: bool
+) -> Backend:
     from redrafter.backends.mlx.drafter import load_drafter
     from redrafter.backends.mlx.load import MLXBackend, load_target, use_device, without_quantisation
 
@@ -124,7 +126,7 @@ def _open_mlx(files: ModelFiles, drafter: Path | None, dtype: str, device: str, 
     weights = None if drafter is None else load_drafter(drafter)
     layers = () if weights is None else weights[0].config.feature_layers
     target = load_target(files.path, files.config, dtype, layers)
-    return MLXBackend(target, weights, context_limit, eos_ids(files.path))
+    return MLXBackend(target, weights, context_limit, eos_ids(files.path), compiled=None if compile else False)
 
 
 def eos_ids(folder: Path) -> set[int]:
