@@ -43,8 +43,8 @@ def load(
 ) -> Engine:
     """An engine over the files of a model and of its drafter. Without ``config`` every step takes the shape that
     promises most: the shapes whose tokens per step the drafter's metadata names are timed here, then their times and
-    their acceptance are learnt (``policy.Adaptive``). ``compile=False`` keeps a GPU to its framework's eager operations:
-    no graphs, no kernels of ours."""
+    their acceptance are learnt (``policy.Adaptive``). ``compile=False`` keeps a GPU to eager operations: no graphs,
+    no compiled steps, no kernels of ours."""
     chosen = pick_backend(backend)
     if threads is not None:
         _set_threads(chosen, threads)
