@@ -17,6 +17,7 @@ from redrafter.algorithm.accept import choose_accept
 from redrafter.algorithm.beam import draft, no_beams
 from redrafter.algorithm.step import Stages, step_noise
 from redrafter.algorithm.tree import pack
+from redrafter.backends.torch.graph import without_reading
 from redrafter.backends.torch.linear import PackedLinear
 from redrafter.backends.torch.load import TorchBackend
 from redrafter.engine import first_state
@@ -89,7 +90,7 @@ def _parts(backend: TorchBackend, shape: DecodeConfig) -> dict[str, Callable[[],
     accepted = stages.choose_accept(ops, logits, tree, state.sampling, None, shape.draft_length + 1)
     whole = getattr(backend, "whole_step", backend.step)  # what a graph records, or the step itself
     return {
-        "plain step": lambda: whole(state._replace(reading=None), PLAIN),
+        "plain step": lambda: whole(without_reading(state), PLAIN),
         "speculative step": lambda: whole(state, shape),
         "draft": lambda: stages.draft(ops, drafter, state.reading, state.root, shape, None),
         "pack": lambda: stages.pack(ops, beams, state.root, shape.tree_size),

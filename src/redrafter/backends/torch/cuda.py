@@ -95,7 +95,8 @@ class GraphBackend(TorchBackend):
             to.copy_(value, non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
-        return Fetched(*ring[-1], ready)
+        packed, logprobs = ring[-1]
+        return Fetched(packed, logprobs, ready)
 
     def read(self, handle: Fetched) -> Any:
         if handle.ready is not None:
@@ -170,7 +171,8 @@ class KernelDrafter(TorchDrafter):
         context = state.context.expand(rows, width, -1).reshape(rows * width, -1)
         x = few_rows(state.state.reshape(rows * width, size), self._of_state, residual_MN=context)
         for block in self.drafter.blocks:
-            x = few_rows(x, block.linear.weight, block.linear.bias, residual_MN=x, silu=True)
+            linear: Any = block.linear
+            x = few_rows(x, linear.weight, linear.bias, residual_MN=x, silu=True)
         if self.drafter.config.head != "own":
             x = self.drafter.exit(x)
         return self._head(x).view(rows, width, -1)

@@ -56,6 +56,11 @@ def copy_into(target: Any, source: Any) -> None:
             to.copy_(value)
 
 
+def without_reading(state: DecodeState) -> DecodeState:
+    """For a plain step: the drafter does not look, and what waits for it may be of any width."""
+    return state._replace(reading=None)  # type: ignore[arg-type]
+
+
 class Recorded(NamedTuple):
     replay: Callable[[], None]
     state: DecodeState
@@ -81,8 +86,8 @@ class GraphRunner:
 
     def __call__(self, state: DecodeState, config: DecodeConfig) -> Recorded:
         """One step. What is returned holds until the next call; later work on the same stream sees it whole."""
-        if not config.speculative:  # the drafter does not look, and what waits for it may be of any width
-            state = state._replace(reading=None)
+        if not config.speculative:
+            state = without_reading(state)
         key = config, signature(state)
         graph = self._graphs.get(key)
         if graph is None:
@@ -98,7 +103,7 @@ class GraphRunner:
 
         def run() -> tuple[Any, ...]:
             after, accepted, tree, told = self._step(buffers, config)
-            copy_into(buffers, after if config.speculative else after._replace(reading=None))
+            copy_into(buffers, after if config.speculative else without_reading(after))
             return after.reading, accepted, tree, told
 
         replay, (reading, accepted, tree, told) = self._record(run)

@@ -243,8 +243,7 @@ def few_rows(
     assert residual.stride(1) == 1
     tensors = (x_MK, weight_NK, gain, x_MK if bias_N is None else bias_N, residual, residual.stride(0))
     if M == 1:
-        grid = (triton.cdiv(N, plan.BN),)
-        _gemv[grid](*tensors, y, N, K, eps, *flags, plan.BN, plan.BK, num_warps=plan.warps)
+        _gemv[(triton.cdiv(N, plan.BN),)](*tensors, y, N, K, eps, *flags, plan.BN, plan.BK, num_warps=plan.warps)
         return y
     split = plan.split if workspace is not None else 1
     grid = (triton.cdiv(N, plan.BN), split)
