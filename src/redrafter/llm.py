@@ -52,13 +52,15 @@ class LLM:
         max_batch: int = 8,
         config: DecodeConfig | None = None,
         threads: int | None = None,
+        compile: bool = True,
         progress: Callable[[str], None] | None = None,
     ) -> LLM:
         """Find, check and load a model and its drafter.
 
         model: the default's name, a Hub id, a folder or a GGUF file. drafter: "auto" (the shipped one for this model,
         or none), "none", or a folder. backend: "auto" (MLX on Apple silicon, else torch), "torch" or "mlx". config:
-        the beam shape; None lets the program pick it. progress: told in a few words what is being done.
+        the beam shape; None lets the program pick it. compile: False keeps a GPU to torch's (MLX's) own eager
+        operations. progress: told in a few words what is being done.
         """
         from redrafter.load import load, pick_backend  # brings a backend: only when weights are really loaded
 
@@ -78,6 +80,7 @@ class LLM:
             max_batch=max_batch,
             config=config,
             threads=threads,
+            compile=compile,
         )
         return cls(engine, tokenizer, model=files.name, drafter=None if drafter_path is None else drafter_path.name)
 
@@ -166,6 +169,13 @@ class LLM:
         tree = pack(backend.ops, no_beams(backend.ops, root), root, 1)
         logits_BNV, _ = backend.target.verify(tree, backend.array([len(token_ids) - 1]))
         return backend.host(logits_BNV[0, 0])
+
+    def reuse_prefixes(self, reuse: bool) -> None:
+        """Whether prompts take what they share with earlier ones from the cache. Off, each reads the whole of its
+        prompt, so that a run's time does not depend on what ran before."""
+        for engine in (self.engine, self._plain):
+            if engine is not None:
+                engine.prefix_reuse = reuse
 
     def _engine(self, speculation: bool) -> Engine:
         """The engine, or its plain twin; they share one cache, so only one of them may have requests."""

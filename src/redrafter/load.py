@@ -92,6 +92,7 @@ def _open_torch(
     compile: bool,
 ) -> Backend:
     from redrafter.backends.torch.checkpoint import load_drafter
+    from redrafter.backends.torch.gpu import kernels_trouble
     from redrafter.backends.torch.load import TorchBackend, load_target, pick_device, pick_dtype
 
     context_limit = check_supported(files.config, max_context)
@@ -105,8 +106,8 @@ def _open_torch(
         if where.type != "cpu":
             plain.reserve(max_batch, context_limit + MAX_TREE)
         return plain
-    if not find_spec("triton"):
-        raise InvalidRequest(f"device={device!r}: triton cannot be imported; pip install triton, or use --no-compile")
+    if trouble := kernels_trouble():
+        raise InvalidRequest(f"device={device!r}: {trouble}")
     from redrafter.backends.torch.attention import KERNEL
     from redrafter.backends.torch.cuda import SPARE_SLOTS, GraphBackend
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from redrafter import __version__
-from redrafter.cli import main
+from redrafter.cli import doctor, main
 
 
 def test_doctor_tells_machine_versions_and_cache(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -27,8 +27,9 @@ def test_doctor_tells_machine_versions_and_cache(tmp_path: Path, monkeypatch, ca
     assert facts["device"]["dtype_auto"] == "bfloat16" or not facts["cpu"]["bfloat16"]
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["redrafter", "packages", "device", "cpu", "cache", "drafters"]
-    assert lines[4].endswith(f"{tmp_path}: a-model (0.0 MiB)")
+    said = ["cpu", "cache", "drafters"]
+    assert [line.split()[0] for line in lines] == ["redrafter", "packages", "device", "gpu", *said]
+    assert lines[5].endswith(f"{tmp_path}: a-model (0.0 MiB)")
 
 
 def test_doctor_works_before_anything_was_fetched(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -37,3 +38,11 @@ def test_doctor_works_before_anything_was_fetched(tmp_path: Path, monkeypatch, c
     assert "absent: none" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError):
         (tmp_path / "absent").stat()
+
+
+def test_doctor_names_the_gpu_its_driver_and_what_is_missing() -> None:
+    cards = [{"name": "NVIDIA H100", "memory_gib": 79.2}]
+    facts = {"cuda": cards, "driver": "550.54\n550.54", "cuda_trouble": None, "kernels_trouble": None}
+    assert doctor._gpu(facts) == "NVIDIA H100 (79.2 GiB), driver 550.54; kernels: can be compiled"
+    assert doctor._gpu(facts | {"driver": None, "kernels_trouble": "no triton"}).endswith("version; kernels: no triton")
+    assert doctor._gpu(facts | {"cuda": [], "cuda_trouble": "there is no GPU"}) == "none: there is no GPU"

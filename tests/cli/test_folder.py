@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ import torch
 from redrafter.backends.torch.checkpoint import save_drafter
 from redrafter.backends.torch.drafter import Drafter
 from redrafter.cli import main
+from redrafter.errors import InvalidRequest
+from redrafter.llm import LLM
 from tests import fakes
 from tests.tiny import drafter_config, make_model
 
@@ -117,3 +120,39 @@ def test_ctrl_c_in_mid_stream_of_the_real_engine(options) -> None:
     assert lines[-1] == "interrupted"
     assert any("tokens per step" in line for line in lines)
     assert "Traceback" not in errors.decode()
+
+
+def test_compare_and_bench_read_every_prompt_anew(options, capsys, monkeypatch, tmp_path) -> None:
+    reused: dict[Any, int] = {}
+    close = LLM._close
+
+    def watched(llm: LLM, reply: Any) -> None:
+        reused[reply] = reply.completion.statistics.reused_tokens
+        close(llm, reply)
+
+    monkeypatch.setattr(LLM, "_close", watched)
+    long = "a question that is asked again and again"
+    shape = ["--tree-size", "6", "--beam-width", "2", "--branching", "2", "--draft-length", "3"]
+    settings = [*options, *shape, "--max-new-tokens", "4", "-q"]
+    assert main(["generate", long, *settings, "--compare", "--repeat", "2"]) == 0
+    assert list(reused.values()) == [0] * 6
+    (tmp_path / "q.jsonl").write_text(json.dumps({"prompt": long}))
+    assert main(["bench", *settings, "--prompts", str(tmp_path / "q.jsonl"), "--out", str(tmp_path)]) == 0
+    assert list(reused.values()) == [0] * 10
+
+
+@pytest.mark.parametrize("command", [["generate", "why?"], ["bench"], ["serve", "--port", "0"], ["chat"]])
+def test_no_compile_reaches_the_loading_of_the_model(command, options, monkeypatch, capsys) -> None:
+    asked: list[object] = []
+
+    def opened(*names: object, **settings: object) -> None:
+        asked.append(settings["compile"])
+        raise InvalidRequest("enough")
+
+    monkeypatch.setattr(LLM, "from_pretrained", opened)
+    if command[0] == "serve":
+        pytest.importorskip("uvicorn", reason="the serve extra is not installed")
+        options = options[1:]  # there the model is an argument
+    assert [main([*command, *options, *more]) for more in ([], ["--no-compile"])] == [2, 2]
+    assert asked == [True, False]
+    assert capsys.readouterr().err.count("error: enough") == 2

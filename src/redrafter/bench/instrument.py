@@ -10,11 +10,13 @@ import torch
 
 from redrafter.backends.torch.attention import EXACT, FAST, KERNEL
 from redrafter.backends.torch.checkpoint import load_drafter
+from redrafter.backends.torch.gpu import kernels_trouble, room_for
 from redrafter.backends.torch.load import TorchBackend, make_target
 from redrafter.bench.widen import shape_named, widen_model
 from redrafter.bench.widen_drafter import widen_drafter
 from redrafter.drafter_files import read_config
 from redrafter.engine import Engine
+from redrafter.errors import InvalidRequest
 from redrafter.llm import LLM
 from redrafter.load import eos_ids, known_shapes
 from redrafter.models import ModelFiles
@@ -42,6 +44,8 @@ def open_instrument(
     """``shape``: a name of ``widen.SHAPES`` or a LlamaConfig. The rest is as in ``LLM.from_pretrained``."""
     from transformers import AutoModelForCausalLM
 
+    if device.type == "cuda" and compile and (trouble := kernels_trouble()):
+        raise InvalidRequest(f"device={str(device)!r}: {trouble}")
     small: Any = AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.float32, local_files_only=True)
     small = small.to(device)
     wide = shape_named(shape, small.config, tie=False) if isinstance(shape, str) else shape
@@ -49,7 +53,8 @@ def open_instrument(
     attention = EXACT if cpu else KERNEL if compile else FAST
     weights = load_drafter(drafter)
     large = widen_drafter(weights, wide, dtype, device, 0, width=min(WIDTH, wide.hidden_size))
-    model = widen_model(small, wide, dtype, device, 0, attention=attention)
+    with room_for(f"the model in the shape of {shape}"):
+        model = widen_model(small, wide, dtype, device, 0, attention=attention)
     layers: Sequence[int] = large.config.feature_layers
     eos = eos_ids(files.path)
     del small

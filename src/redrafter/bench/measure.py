@@ -72,6 +72,7 @@ def measure(
     save: Callable[[Measured], None],
 ) -> Measured:
     """``save`` is given what is finished after every batch; Ctrl-C ends the run and what is finished is returned."""
+    llm.reuse_prefixes(False)  # the second way would skip the prompt that the first has read
     measured = Measured([], [], True)
     batches = [list(prompts[i : i + plan.batch]) for i in range(0, len(prompts), plan.batch)]
     try:

@@ -27,6 +27,16 @@ NEEDS_PLAIN = {
     "forks": "answers",
     "equal_prompts": "prompts",
 }
+NEEDS_CUDA = {
+    "plain_step_ms": "ms",
+    "plain_bandwidth_share": "share",
+    "verify_ratio": "x",
+    "step_extra_share": "share",
+    "step_ratio": "x",
+    "read_bandwidth": "GB/s",
+    "copy_bandwidth": "GB/s",
+    "bytes_per_plain_step": "bytes",
+}
 NEEDS_BASELINE = {
     "plain_vs_mlxlm": "x",
     "mlxlm_tokens_per_second": "tokens/s",
@@ -49,12 +59,16 @@ ALWAYS = {
 }
 
 
-def known_metrics(groups: Iterable[str], plain: bool, baseline: bool = False) -> dict[str, str]:
-    """Every single-number metric -> its unit, of a run over prompts of these groups, with or without plain runs and
-    a baseline."""
+def known_metrics(groups: Iterable[str], plain: bool, baseline: bool = False, cuda: bool = False) -> dict[str, str]:
+    """Every single-number metric -> its unit, of a run over prompts of these groups, with or without plain runs, a
+    baseline, and an NVIDIA GPU."""
     names = sorted(set(groups))
     by_group = [*names, *([OTHER] if any(name != MT_BENCH for name in names) else [])]
-    compared = {**(NEEDS_PLAIN if plain else {}), **(NEEDS_BASELINE if baseline else {})}
+    compared = {
+        **(NEEDS_PLAIN if plain else {}),
+        **(NEEDS_BASELINE if baseline else {}),
+        **(NEEDS_CUDA if cuda else {}),
+    }
     return {**compared, **ALWAYS, **{f"tokens_per_step.{g}": "tokens/step" for g in by_group}}
 
 

@@ -39,6 +39,11 @@ KEY_METRICS = (
     ("drafter_bytes", "Drafter's weights"),
     ("start_seconds", "Start"),
     ("peak_memory_bytes", "Peak memory"),
+    ("plain_step_ms", "Plain step"),
+    ("plain_bandwidth_share", "Its share of the bandwidth for reading"),
+    ("verify_ratio", "Forward over the tree over a token's"),
+    ("step_extra_share", "Rest of a step over a plain step"),
+    ("read_bandwidth", "Bandwidth for reading"),
 )
 
 
@@ -80,6 +85,14 @@ def page(result: Mapping[str, Any]) -> str:
         "<h2>Acceptance by depth</h2><p>Share of steps that accepted at least so many drafted tokens.</p>"
         + _bars(depths, "share"),
         "<h2>Tokens per step by category</h2><p>Answer tokens over steps of the model.</p>" + _bars(categories, ""),
+        "<h2>A step, part by part</h2><p>Milliseconds of one greedy request, timed apart from the answers.</p>"
+        + _bars(list(result["roofline"]["phases_ms"].items()), "ms")
+        if "roofline" in result
+        else "",
+        "<h2>Shapes to choose from</h2><p>What each promised when the run ended: per request, tokens over seconds.</p>"
+        + _forecasts(result["cost_table"])
+        if result.get("cost_table")
+        else "",
         "<h2>How it was measured</h2>" + _table(_how(result), numbers=False),
     ]
     return (
@@ -105,6 +118,23 @@ def _how(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("prompts", f"{provenance['prompts']['name']}, SHA-256 {provenance['prompts']['sha256'][:16]}…"),
         ("settings", ", ".join(f"{name} {value}" for name, value in result["settings"].items())),
     ]
+
+
+def _forecasts(lines: Sequence[Mapping[str, Any]]) -> str:
+    """A row for every number of requests and shape; what was chosen is bold."""
+    head = "".join(f"<th>{title}</th>" for title in ("requests", "shape", "ms", "tokens", "tokens/s", "steps seen"))
+    body = ""
+    for line in lines:
+        shape, seconds, tokens = line["config"], line["step_seconds"], line["tokens_per_step"]
+        beams = (
+            f"{shape['beam_width']} x {shape['branching']}, {shape['draft_length']} deep, {shape['tree_size']} nodes"
+        )
+        numbers = (f"{1e3 * seconds:.2f}", f"{tokens:.2f}", f"{tokens / seconds:.0f}", str(line["observed"]))
+        name = beams if shape["tree_size"] > 1 else "plain"
+        cells = "".join(f'<td class="n">{number}</td>' for number in numbers)
+        name = f"<b>{name}</b>" if line["chosen"] else name
+        body += f"<tr><td>at most {line['rows']}</td><td>{name}</td>{cells}</tr>"
+    return f"<table><tr>{head}</tr>{body}</table>"
 
 
 def _table(rows: Sequence[tuple[str, str]], numbers: bool = True) -> str:

@@ -20,22 +20,14 @@ from redrafter.algorithm.tree import pack
 from redrafter.backends.torch.graph import without_reading
 from redrafter.backends.torch.linear import PackedLinear
 from redrafter.backends.torch.load import TorchBackend
+from redrafter.bench.metrics import NEEDS_CUDA
 from redrafter.engine import first_state
 from redrafter.params import PLAIN, DecodeConfig
 
 CACHED_TOKENS = 320
 """A question and half an answer of 256 tokens."""
 READ_BYTES = 4 * 2**30
-UNITS = {
-    "plain_step_ms": "ms",
-    "plain_bandwidth_share": "share",
-    "verify_ratio": "x",
-    "step_extra_share": "share",
-    "step_ratio": "x",
-    "read_bandwidth": "GB/s",
-    "copy_bandwidth": "GB/s",
-    "bytes_per_plain_step": "bytes",
-}
+UNITS = NEEDS_CUDA
 
 
 def roofline(backend: TorchBackend, shape: DecodeConfig, repeats: int = 30) -> dict[str, Any]:

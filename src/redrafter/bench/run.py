@@ -58,12 +58,36 @@ def run(llm: LLM, job: Job, path: Path, tell: Callable[[str], None]) -> dict[str
         llm, job.prompts, job.plan, tell, lambda some: write_json(unfinished, _result(llm, job, facts, some))
     )
     result = _result(llm, job, facts, measured)
+    if not measured.partial and on_cuda(llm):
+        tell("timing the parts of a step")
+        _add_roofline(llm, result)
     if measured.partial:
         write_json(unfinished, result)
     else:
         write_json(path, result)
         unfinished.unlink(missing_ok=True)
     return result
+
+
+def on_cuda(llm: LLM) -> bool:
+    return llm.engine.backend.device.type == "cuda"  # type: ignore[attr-defined]
+
+
+def _add_roofline(llm: LLM, result: dict[str, Any]) -> None:
+    """What a step of one request costs, part by part, after everything else was measured."""
+    from redrafter.bench.roofline import roofline
+
+    shape = next((shape for shape in llm.engine.policy.shapes if shape.speculative), None)
+    if shape is None:  # only plain decoding was asked for
+        return
+    found = roofline(llm.engine.backend, shape)  # type: ignore[arg-type]
+    result["roofline"] = {"shape": asdict(shape), "phases_ms": found.pop("phases"), **found}
+    result["summary"] |= found
+
+
+def _forecasts(llm: LLM) -> list[dict[str, Any]]:
+    """What the choice of each step's shape rested on in the end."""
+    return [line._asdict() | {"config": asdict(line.config)} for line in llm.engine.policy.table()]
 
 
 def _facts(llm: LLM, job: Job) -> dict[str, Any]:
@@ -86,7 +110,7 @@ def _facts(llm: LLM, job: Job) -> dict[str, Any]:
 
 
 def _result(llm: LLM, job: Job, facts: Mapping[str, Any], measured: Measured) -> dict[str, Any]:
-    units = known_metrics(groups_of(job.prompts), job.plan.plain, job.plan.baseline is not None)
+    units = known_metrics(groups_of(job.prompts), job.plan.plain, job.plan.baseline is not None, on_cuda(llm))
     memory = peak_memory_bytes(llm.engine.backend.device)  # type: ignore[attr-defined]
     drafter = job.weights["drafter"]
     summary = summarise(measured.records, measured.batches) | {
@@ -99,6 +123,7 @@ def _result(llm: LLM, job: Job, facts: Mapping[str, Any], measured: Measured) ->
         "summary": summary,
         "units": units,
         "shape": asdict(llm.engine.config),
+        "cost_table": _forecasts(llm),
         "settings": {
             "temperature": job.plan.params.temperature,
             "seed": job.plan.params.seed,

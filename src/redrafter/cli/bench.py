@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from redrafter.bench.measure import Plan
-from redrafter.bench.metrics import known_metrics
+from redrafter.bench.metrics import NEEDS_CUDA, known_metrics
 from redrafter.bench.mlx_lm_baseline import MLXLMBaseline, open_baseline
 from redrafter.bench.prompts import BenchPrompt, groups_of, load_prompts, select
 from redrafter.bench.provenance import checkout, command_line, load_average, models, source
@@ -64,6 +64,7 @@ def bench(
     backend: opt.Backend = "auto",
     max_context: opt.MaxContext = None,
     threads: opt.Threads = None,
+    no_compile: opt.NoCompile = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Prompt number i has seed + i.")] = 0,
@@ -74,6 +75,12 @@ def bench(
     batch: Annotated[int, typer.Option(min=1, help="Requests at once, each way.")] = 1,
     repeat: Annotated[int, typer.Option(min=1, help="Times each way; seconds are medians.")] = 1,
     no_plain: Annotated[bool, typer.Option("--no-plain", help="Speculative only: tokens per step.")] = False,
+    instrument: Annotated[
+        str | None,
+        typer.Option(
+            help="GPU: the model at the cost of a large shape, llama-2-7b or qwen2.5-1.5b.", show_default=False
+        ),
+    ] = None,
     baseline: Annotated[
         str | None, typer.Option(help="mlx-lm: time its stream_generate too, by turns.", show_default=False)
     ] = None,
@@ -100,7 +107,9 @@ def bench(
     config = opt.decode_config(beam_width, branching, draft_length, tree_size)
     found = load_prompts(prompts)
     chosen = select(found, category, limit, spread)
-    wanted = parse_figures(figure or [], _metrics(chosen, not no_plain, baseline is not None), not no_plain)
+    cuda = _needs_cuda(figure or [], backend, device) or instrument is not None
+    metrics = _metrics(chosen, not no_plain, baseline is not None, cuda)
+    wanted = parse_figures(figure or [], metrics, not no_plain)
     planned = result_path(out, name, "model", dtype)
     if wanted:
         check_place(planned, _root(), source()["commit"])
@@ -109,18 +118,12 @@ def bench(
             f"warning: the machine is busy (load average {load_average()}): times will not mean much", file=sys.stderr
         )
     started = time.perf_counter()
-    llm = opt.load_llm(
-        model,
-        drafter,
-        dtype,
-        device,
-        max_context,
-        backend=backend,
-        config=config,
-        threads=threads,
-        quiet=quiet,
-        max_batch=batch,
-    )
+    opened = (model, drafter, dtype, device, max_context)
+    settings: dict[str, Any] = {"config": config, "max_batch": batch, "compile": not no_compile}
+    if instrument is None:
+        llm = opt.load_llm(*opened, backend=backend, threads=threads, quiet=quiet, **settings)
+    else:
+        llm = _instrument(instrument, *opened, backend=backend, **settings)
     if not llm.engine.speculative and not quiet:
         print("no speculation: drafting does not pay here; name a --tree-size to measure it anyway", file=sys.stderr)
     path = result_path(out, name, llm.model, llm.dtype)
@@ -134,7 +137,7 @@ def bench(
             plain=not no_plain,
             baseline=_baseline(baseline, llm, params, batch, model) if baseline else None,
         ),
-        weights=_weights(model, drafter),
+        weights=_weights(model, drafter, instrument),
         start_seconds=time.perf_counter() - started,
         command=command_line(sys.argv[1:]),
     )
@@ -147,10 +150,64 @@ def bench(
         _record(result, wanted, path)
 
 
-def _metrics(chosen: Sequence[BenchPrompt], plain: bool, baseline: bool) -> dict[str, str]:
+def _metrics(chosen: Sequence[BenchPrompt], plain: bool, baseline: bool, cuda: bool) -> dict[str, str]:
     if baseline and not plain:
         raise InvalidRequest("--baseline compares with plain decoding: drop --no-plain")
-    return known_metrics(groups_of(chosen), plain, baseline)
+    return known_metrics(groups_of(chosen), plain, baseline, cuda)
+
+
+def _needs_cuda(figure: Sequence[str], backend: str, device: str) -> bool:
+    """Whether a figure is of the parts of a step, which are timed on an NVIDIA GPU. InvalidRequest: there is none."""
+    asked = [text for text in figure if text.partition("=")[2] in NEEDS_CUDA]
+    if asked and not _is_cuda(backend, device):
+        raise InvalidRequest(
+            f"--figure {asked[0]!r}: the parts of a step are timed on an NVIDIA GPU: use --device cuda"
+        )
+    return bool(asked)
+
+
+def _is_cuda(backend: str, device: str) -> bool:
+    from redrafter.backends.torch.load import pick_device
+    from redrafter.load import pick_backend
+
+    return pick_backend(backend) == "torch" and pick_device(device).type == "cuda"
+
+
+def _instrument(
+    shape: str,
+    model: str | None,
+    drafter: str,
+    dtype: str,
+    device: str,
+    max_context: int | None,
+    *,
+    backend: str,
+    **settings: Any,
+) -> LLM:
+    """The model and its drafter widened to a large shape, for an NVIDIA GPU."""
+    from redrafter.backends.torch.load import pick_device, pick_dtype
+    from redrafter.bench.instrument import open_instrument
+    from redrafter.bench.widen import SHAPES
+    from redrafter.models import DEFAULT_MODEL, check_supported, resolve, resolve_drafter
+
+    if shape not in SHAPES:
+        raise InvalidRequest(f"--instrument {shape!r} is unknown: use one of {', '.join(SHAPES)}")
+    if not _is_cuda(backend, device):
+        raise InvalidRequest(f"--instrument {shape}: a CPU takes seconds for each of its steps: use --device cuda")
+    files = resolve(model or DEFAULT_MODEL)
+    folder = resolve_drafter(opt.drafter_folder(drafter), files)
+    if folder is None:
+        raise InvalidRequest(f"--drafter {drafter}: the instrument needs a drafter of {files.name}: name a folder")
+    where = pick_device(device)
+    return open_instrument(
+        shape,
+        files,
+        folder,
+        device=where,
+        dtype=pick_dtype(dtype, where),
+        max_context=check_supported(files.config, max_context),
+        **settings,
+    )
 
 
 def _baseline(name: str, llm: LLM, params: SamplingParams, batch: int, model: str | None) -> MLXLMBaseline:
@@ -171,11 +228,15 @@ def _root() -> Path:
     return checkout() or Path.cwd()
 
 
-def _weights(model: str | None, drafter: str) -> dict[str, Any]:
+def _weights(model: str | None, drafter: str, instrument: str | None) -> dict[str, Any]:
+    """Names and weights on disk; an instrument is named as what it is."""
     from redrafter.models import DEFAULT_MODEL, resolve, resolve_drafter
 
     files = resolve(model or DEFAULT_MODEL)
-    return models(files, resolve_drafter(drafter, files))
+    found = models(files, resolve_drafter(opt.drafter_folder(drafter), files))
+    if instrument is not None:
+        found["model"]["name"] += f" widened to {instrument}"
+    return found
 
 
 def _report(path: Path, output: Path | None, figure: Sequence[str]) -> None:

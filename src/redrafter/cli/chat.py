@@ -69,6 +69,7 @@ def chat(
     backend: opt.Backend = "auto",
     max_context: opt.MaxContext = None,
     threads: opt.Threads = None,
+    no_compile: opt.NoCompile = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Same seed, same answer, with or without speculation.")] = 0,
@@ -85,11 +86,21 @@ def chat(
         if api_key is not None:
             raise InvalidRequest(f"--api-key {api_key} is for a server: add --url, or leave it out")
         partner: Partner = LocalModel(
-            opt.load_llm(model, drafter, dtype, device, max_context, backend=backend, threads=threads, quiet=quiet)
+            opt.load_llm(
+                model,
+                drafter,
+                dtype,
+                device,
+                max_context,
+                backend=backend,
+                threads=threads,
+                quiet=quiet,
+                compile=not no_compile,
+            )
         )
     else:
         _refuse_local(
-            {"--model": model, "--max-context": max_context, "--threads": threads},
+            {"--model": model, "--max-context": max_context, "--threads": threads, "--no-compile": no_compile or None},
             {"--drafter": drafter, "--dtype": dtype, "--device": device, "--backend": backend},
         )
         partner = ServerModel(Client(url, _key(api_key)))

@@ -40,6 +40,7 @@ def compare(
     def run(speculation: bool, settings: SamplingParams = params) -> Completion:
         return llm.generate(prompt, settings, raw=raw, speculation=speculation)[0]
 
+    llm.reuse_prefixes(False)  # the second way would skip the prompt that the first has read
     warm_up = replace(params, max_new_tokens=min(WARM_UP_TOKENS, params.max_new_tokens))
     run(False, warm_up), run(True, warm_up)
     plain: list[Completion] = []

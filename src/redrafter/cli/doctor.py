@@ -50,14 +50,23 @@ def _device() -> dict[str, Any]:
     """What ``--device auto`` and ``--dtype auto`` mean here, and the CUDA devices."""
     import torch
 
+    from redrafter.backends.torch.gpu import cuda_trouble, kernels_trouble
     from redrafter.backends.torch.load import pick_device, pick_dtype
+    from redrafter.bench.provenance import output
 
     auto = pick_device("auto")
     cuda = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         cuda.append({"name": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)})
-    return {"auto": str(auto), "dtype_auto": str(pick_dtype("auto", auto)).removeprefix("torch."), "cuda": cuda}
+    return {
+        "auto": str(auto),
+        "dtype_auto": str(pick_dtype("auto", auto)).removeprefix("torch."),
+        "cuda": cuda,
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cuda_trouble": cuda_trouble(),
+        "kernels_trouble": kernels_trouble(),
+    }
 
 
 def _cpu() -> dict[str, Any]:
@@ -102,13 +111,22 @@ def _lines(facts: dict[str, Any]) -> list[str]:
 
     said = {True: "yes", False: "no"}
     device, cpu, cache = facts["device"], facts["cpu"], facts["cache"]
-    cuda = ", ".join(f"{c['name']} ({c['memory_gib']} GiB)" for c in device["cuda"]) or "none"
     return [
         f"redrafter  {facts['redrafter']}, Python {facts['python']}, {facts['platform']}",
         "packages   " + ", ".join(f"{name} {found or 'missing'}" for name, found in facts["packages"].items()),
-        f"device     auto is {device['auto']} with {device['dtype_auto']}; CUDA: {cuda}",
+        f"device     auto is {device['auto']} with {device['dtype_auto']}",
+        f"gpu        {_gpu(device)}",
         f"cpu        {cpu['cores']} cores, {cpu['threads']} threads, {cpu['capability']}, "
         f"packed bfloat16 {said[cpu['bfloat16']]}, exact for trees {said[cpu['bfloat16_exact']]}",
         f"cache      {cache['folder']}: {names(cache['models'])}",
         f"drafters   {names(facts['drafters'])}",
     ]
+
+
+def _gpu(device: dict[str, Any]) -> str:
+    """The GPUs, or the one thing that is missing."""
+    if device["cuda_trouble"]:
+        return f"none: {device['cuda_trouble']}"
+    driver = (device["driver"] or "of unknown version").splitlines()[0]
+    cards = ", ".join(f"{c['name']} ({c['memory_gib']} GiB)" for c in device["cuda"])
+    return f"{cards}, driver {driver}; kernels: {device['kernels_trouble'] or 'can be compiled'}"

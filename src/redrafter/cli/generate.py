@@ -47,6 +47,7 @@ def generate(
     backend: opt.Backend = "auto",
     max_context: opt.MaxContext = None,
     threads: opt.Threads = None,
+    no_compile: opt.NoCompile = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0: off.")] = 0,
@@ -95,7 +96,16 @@ def generate(
     in_color = wants_color(color, sys.stdout)
     asked = _prompt(prompt, system, raw)
     llm = opt.load_llm(
-        model, drafter, dtype, device, max_context, backend=backend, config=config, threads=threads, quiet=quiet
+        model,
+        drafter,
+        dtype,
+        device,
+        max_context,
+        backend=backend,
+        config=config,
+        threads=threads,
+        quiet=quiet,
+        compile=not no_compile,
     )
     if not quiet and speculation and not llm.engine.speculative:
         print(f"no speculation: drafter {llm.drafter or 'none'}; decoding plainly", file=sys.stderr)

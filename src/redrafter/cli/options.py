@@ -29,6 +29,9 @@ MaxContext = Annotated[
     int | None, typer.Option(min=2, help="Longest prompt plus answer in tokens.", show_default=False)
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default=False)]
+NoCompile = Annotated[
+    bool, typer.Option("--no-compile", help="GPU: torch's own eager operations, no graphs, no kernels of ours.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no statistics on stderr.")]
 
 # The beam shape changes the speed only. Given none of the four, the program picks it.
@@ -82,6 +85,7 @@ def load_llm(
     threads: int | None = None,
     quiet: bool = False,
     max_batch: int = 1,
+    compile: bool = True,
 ) -> LLM:
     """``LLM.from_pretrained`` with its progress on stderr; by default a single request at a time."""
     with progress(quiet) as tell:
@@ -99,6 +103,7 @@ def load_llm(
             max_batch=max_batch,
             config=config,
             threads=threads,
+            compile=compile,
             progress=tell,
         )
 

@@ -63,6 +63,7 @@ def serve(
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
     threads: opt.Threads = None,
+    no_compile: opt.NoCompile = False,
     beam_width: opt.BeamWidth = None,
     branching: opt.Branching = None,
     draft_length: opt.DraftLength = None,
@@ -117,6 +118,7 @@ def serve(
         threads=threads,
         quiet=quiet,
         max_batch=max_batch,
+        compile=not no_compile,
     )
     settings = settings.named(model_name or llm.model)
     to_stderr(log_level)

@@ -16,6 +16,7 @@ from torch import Tensor
 from redrafter.algorithm.accept import Accepted
 from redrafter.algorithm.step import DecodeState
 from redrafter.algorithm.tree import TokenTree
+from redrafter.backends.torch.gpu import room_for
 from redrafter.params import DecodeConfig
 
 Step = Callable[[DecodeState, DecodeConfig], tuple[DecodeState, Accepted, TokenTree, Any]]
@@ -91,7 +92,8 @@ class GraphRunner:
         key = config, signature(state)
         graph = self._graphs.get(key)
         if graph is None:
-            graph = self._graphs[key] = self._recorded(like(state), config)
+            with room_for(f"a graph of a step of {len(state.root)} rows and {config.tree_size} nodes"):
+                graph = self._graphs[key] = self._recorded(like(state), config)
         copy_into(graph.state, state)
         graph.replay()
         return graph

@@ -15,6 +15,7 @@ from redrafter.backends.torch.attention import EXACT, FAST, KERNEL
 from redrafter.backends.torch.drafter import Drafter
 from redrafter.backends.torch.drafting import TorchDrafter, token_table
 from redrafter.backends.torch.fused import fuse_layers
+from redrafter.backends.torch.gpu import cuda_trouble, room_for
 from redrafter.backends.torch.ops import TorchOps
 from redrafter.backends.torch.target import TorchTarget
 from redrafter.errors import CorruptModel, InvalidRequest
@@ -29,8 +30,8 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda") and not name.startswith("cuda:"):
         raise InvalidRequest(f"device={name!r} is unknown: use cpu, cuda or cuda:N")
-    if name != "cpu" and not torch.cuda.is_available():
-        raise InvalidRequest(f"device={name!r}: torch {torch.__version__} sees no CUDA device; use --device cpu")
+    if name != "cpu" and (trouble := cuda_trouble()):
+        raise InvalidRequest(f"device={name!r}: {trouble}")
     return torch.device(name)
 
 
@@ -69,7 +70,8 @@ def load_target(
     except (OSError, ValueError, RuntimeError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise CorruptModel(f"{folder}: transformers cannot load it ({first_line}); fetch the model again") from error
-    return make_target(model.to(device), feature_layers)
+    with room_for("the model's weights"):
+        return make_target(model.to(device), feature_layers)
 
 
 def make_target(model: Any, feature_layers: Sequence[int] = ()) -> TorchTarget:
@@ -114,9 +116,10 @@ class TorchBackend(BaseBackend):
         slots = cache.slots
         if tokens > slots:
             slots = max(tokens, min(2 * slots, self.context_limit + MAX_TREE))
-        cache.reserve(rows, slots)
-        if self.drafter is not None:
-            self.drafter.allocate(cache.rows, cache.slots)
+        with room_for(f"a key/value cache of {max(rows, cache.rows)} rows of {slots} tokens"):
+            cache.reserve(rows, slots)
+            if self.drafter is not None:
+                self.drafter.allocate(cache.rows, cache.slots)
 
     def no_features(self) -> Tensor:
         return torch.zeros(self.target.feature_size, dtype=self.target.dtype, device=self.device)
