@@ -43,6 +43,12 @@ class Campaign:
         self.device = torch.device(args.device)
         self.worst: dict[str, float] = {}
 
+    @staticmethod
+    def fresh(llm: LLM) -> LLM:
+        """Every prompt is read both ways: nothing is taken from the cache."""
+        llm.engine.prefix_reuse = False
+        return llm
+
     def open(self, stage: str) -> tuple[LLM, float]:
         started = time.perf_counter()
         shape, args = STAGES[stage], self.args
@@ -72,19 +78,19 @@ class Campaign:
                 max_batch=args.max_batch,
                 config=None,
             )
-        return llm, time.perf_counter() - started
+        return self.fresh(llm), time.perf_counter() - started
 
     def bench(self, stage: str, name: str, llm: LLM, start: float, **plan: Any) -> None:
         """One result; ``limit`` prompts, spread over the MT-bench questions."""
         args = self.args
         found = load_prompts(args.questions)
-        limit, batch = plan.pop("limit"), plan.pop("batch", 1)
+        limit, batch, repeat = plan.pop("limit"), plan.pop("batch", 1), plan.pop("repeat", 1)
         prompts = select(found, args.category, limit, True)
         params = SamplingParams(max_new_tokens=args.max_new_tokens, **plan)
         job = Job(
             found=found,
             prompts=prompts,
-            plan=Plan(params=params, batch=batch),
+            plan=Plan(params=params, batch=batch, repeat=repeat),
             weights=models(self.files, self.drafter),
             start_seconds=start,
             command=command_line(["bench", *sys.argv[1:], "--name", name]).replace("redrafter bench", "speed.py", 1),
@@ -119,7 +125,8 @@ class Campaign:
         llm, start = self.open(stage)
         args = self.args
         backend = llm.engine.backend
-        fixed = LLM(Engine(backend, SHAPE, args.max_batch), llm.tokenizer, model=llm.model, drafter=llm.drafter)
+        engine = Engine(backend, SHAPE, args.max_batch)
+        fixed = self.fresh(LLM(engine, llm.tokenizer, model=llm.model, drafter=llm.drafter))
         if stage == "fp32":
             self.bench(stage, "greedy", fixed, start, limit=args.exact, batch=4)
             return
@@ -129,10 +136,12 @@ class Campaign:
         self.bench(stage, "greedy-adaptive", llm, start, limit=few)
         self.bench(stage, "t1-adaptive", llm, start, limit=max(4, few // 2), temperature=1.0)
         for batch in args.batches:
+            # Three times: rows leave one by one, and the graph for every number of rows is recorded when first needed.
             count = max(batch, min(16, 2 * batch))
-            self.bench(stage, f"b{batch}-adaptive", llm, start, limit=count, batch=batch)
+            self.bench(stage, f"b{batch}-adaptive", llm, start, limit=count, batch=batch, repeat=3)
             if batch in args.sampled:
-                self.bench(stage, f"b{batch}-t1-adaptive", llm, start, limit=count, batch=batch, temperature=1.0)
+                more = {"limit": count, "batch": batch, "repeat": 3, "temperature": 1.0}
+                self.bench(stage, f"b{batch}-t1-adaptive", llm, start, **more)
 
 
 def _plain(row: Any) -> Any:

@@ -115,7 +115,7 @@ def test_the_most_likely_token_is_never_cut():
 def test_top_p_off_cuts_nothing_beside_a_row_that_uses_it():
     """In float32 the running sum of probabilities reaches 1 before the tail, which must not depend on the batch."""
     tree = random_tree(random.Random(1), 1, 2)
-    rows = TokenTree(*(x.expand(2, *x.shape[1:]) for x in tree))
+    rows = TokenTree(*(x.expand(2, *x.shape[1:]) for x in tree[:5]))
     logits = torch.tensor([30.0, 0.0, -1.0, -2.0]).expand(2, 1, V)
     kept = warp(OPS, logits, rows, Sampling(top_p=torch.tensor([1.0, 0.5])))
     assert torch.isfinite(kept)[:, 0].tolist() == [[True] * 4, [True, False, False, False]]

@@ -24,8 +24,9 @@ class Target(Protocol):
     vocab_size: int
 
     def verify(self, tree: TokenTree, lengths_B: Array) -> tuple[Array, Array]:
-        """One forward over all nodes: logits [B, N, V] float32, features [B, N, F]. Writes the nodes' keys and values
-        behind the ``lengths_B`` committed ones; node positions are ``lengths_B`` + depth."""
+        """One forward over all nodes: logits [B, N, V] in float32 (or, where the stages take it, as the model has
+        them) and features [B, N, F]. Writes the nodes' keys and values behind the ``lengths_B`` committed ones; node
+        positions are ``lengths_B`` + depth."""
 
     def commit(self, lengths_B: Array, accepted: Accepted) -> None:
         """Keep the keys and values of the accepted path: ``lengths_B`` + 1 + accepted.length slots are now valid."""
@@ -71,7 +72,7 @@ def step(
     accepted = stages.choose_accept(ops, logits, tree, state.sampling, gumbel_BDV, depths)
     if state.sampling.keep_logits:
         rows = ops.arange(state.root.shape[0], like=state.root)[:, None]
-        accepted = accepted._replace(logits=logits[rows, accepted.path])
+        accepted = accepted._replace(logits=ops.float32(logits[rows, accepted.path]))
     target.commit(state.lengths, accepted)
     return advance(ops, state, features, accepted), accepted, tree
 

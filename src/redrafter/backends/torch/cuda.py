@@ -19,6 +19,7 @@ from redrafter.backends.torch.drafting import DraftState, TorchDrafter
 from redrafter.backends.torch.graph import CudaRecorder, GraphRunner, leaves, like
 from redrafter.backends.torch.kernels import step as kernels
 from redrafter.backends.torch.kernels.matmul import MAX_ROWS, few_rows, gru_step
+from redrafter.backends.torch.kernels.outcome import pack_outcome
 from redrafter.backends.torch.kernels.window import MAX_PAIRS, window_attention
 from redrafter.backends.torch.load import TorchBackend, bind
 from redrafter.backends.torch.target import TorchTarget
@@ -77,8 +78,10 @@ class GraphBackend(TorchBackend):
     ) -> tuple[DecodeState, Accepted, TokenTree, tuple[Any, ...]]:
         """What a graph records: the step, and what the host is told of it."""
         after, accepted, tree = step(self.ops, self.target, self.drafter, state, config, self.stages)
-        told = BaseBackend.fetch(self, accepted, tree)
-        return after, accepted, tree, (told.packed, told.logprobs)
+        logprobs = None if accepted.logits is None else self._logprobs(accepted.logits, accepted.tokens)
+        if tree.tokens.shape[1] > kernels.MAX_NODES:
+            return after, accepted, tree, (BaseBackend.fetch(self, accepted, tree).packed, logprobs)
+        return after, accepted, tree, (pack_outcome(accepted, tree), logprobs)
 
     def fetch(self, accepted: Accepted, tree: TokenTree) -> Fetched:
         """Start the copy to pinned memory of what the last step told."""
@@ -165,14 +168,18 @@ class KernelDrafter(TorchDrafter):
 
     def logits(self, state: DraftState) -> Tensor:
         rows, width, size = state.state.shape
-        if not self._project or rows * width > MAX_ROWS:
-            assert not self._project, f"{rows} x {width} beams: at most {MAX_ROWS}"
+        if not self._project:
             return super().logits(state)
-        context = state.context.expand(rows, width, -1).reshape(rows * width, -1)
-        x = few_rows(state.state.reshape(rows * width, size), self._of_state, residual_MN=context)
-        for block in self.drafter.blocks:
-            linear: Any = block.linear
-            x = few_rows(x, linear.weight, linear.bias, residual_MN=x, silu=True)
+        if rows * width > MAX_ROWS:
+            x = state.context + torch.nn.functional.linear(state.state, self._of_state)
+            for block in self.drafter.blocks:
+                x = block(x)
+        else:
+            context = state.context.expand(rows, width, -1).reshape(rows * width, -1)
+            x = few_rows(state.state.reshape(rows * width, size), self._of_state, residual_MN=context)
+            for block in self.drafter.blocks:
+                linear: Any = block.linear
+                x = few_rows(x, linear.weight, linear.bias, residual_MN=x, silu=True)
         if self.drafter.config.head != "own":
             x = self.drafter.exit(x)
         return self._head(x).view(rows, width, -1)
@@ -194,7 +201,11 @@ def _pack(ops: Ops, beams: DraftBeams, root: Tensor, tree_size: int) -> Any:
     pool = beams.score.shape[1]
     covered = 2 <= tree_size <= kernels.MAX_NODES and 0 < pool <= kernels.MAX_POOL
     if not covered:
-        return pack(ops, beams, root, tree_size)
+        tree = pack(ops, beams, root, tree_size)
+        if tree_size > 1:
+            return tree
+        itself = torch.arange(1, -1, -1, device=root.device).expand(len(root), 1, 2).contiguous()
+        return tree._replace(ancestors=itself)
     packed = kernels.fast_pack(beams, root, tree_size)
     return packed.tree._replace(ancestors=packed.ancestors)
 

@@ -109,7 +109,8 @@ class TorchTarget:
         self.cache.place(0, slot_BN, limit)
         mask = self._tree_mask(tree, lengths_B, limit)
         out = self._forward(self.model, tree.tokens, lengths_B[:, None] + tree.depth, mask)
-        return out.logits.float(), self._features()
+        logits = out.logits if self._max_kernel_nodes else out.logits.float()  # kernels take any dtype
+        return logits, self._features()
 
     def _tree_mask(self, tree: TokenTree, lengths_B: Tensor, limit: int) -> Tensor:
         nodes = tree.tokens.shape[1]

@@ -23,6 +23,7 @@ from redrafter.backends.torch.kernels.attention import tree_attention
 from redrafter.backends.torch.kernels.commit import KernelCache
 from redrafter.backends.torch.kernels.matmul import Norm, Workspace, few_rows
 from redrafter.backends.torch.kernels.norms import HeadNorms, add_rms_norm, rope_write, silu_mul
+from redrafter.params import MAX_TREE
 
 
 def fuse_cuda_layers(model: Any) -> int:
@@ -36,7 +37,47 @@ def fuse_cuda_layers(model: Any) -> int:
         if type(layer).__name__ in LAYERS and is_silu(layer.mlp.act_fn) and layer.mlp.gate_proj.bias is None:
             layers[index] = FusedCudaLayer(layer, workspace)
             swapped += 1
+    base = model.base_model
+    if hasattr(getattr(base, "norm", None), "variance_epsilon"):
+        base.norm = KernelNorm(base.norm)
+    if isinstance(getattr(base, "rotary_emb", None), nn.Module) and _static_rope(model.config):
+        base.rotary_emb = RotaryTable(base.rotary_emb, model.config.max_position_embeddings, base.embed_tokens.weight)
     return swapped
+
+
+def _static_rope(config: Any) -> bool:
+    """Whether a position's angles never depend on how long the text is."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return isinstance(rope, dict) and rope.get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
+
+
+class KernelNorm(nn.Module):
+    """An RMS norm in one launch instead of transformers' seven."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return add_rms_norm(x.contiguous(), None, self.weight, self.variance_epsilon)[1]
+
+
+class RotaryTable(nn.Module):
+    """cos and sin of every position, looked up instead of computed: the same bits."""
+
+    table: Tensor  # [positions, 2 d]
+
+    def __init__(self, rotary: nn.Module, positions: int, like: Tensor) -> None:
+        super().__init__()
+        # A tree at the context's end reaches beyond it.
+        position = torch.arange(positions + MAX_TREE, device=like.device)[None]
+        with torch.no_grad():
+            cos, sin = rotary(like[:1, None], position_ids=position)
+        self.register_buffer("table", torch.cat([cos[0], sin[0]], dim=-1), persistent=False)
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = F.embedding(position_ids, self.table).chunk(2, dim=-1)
+        return cos, sin
 
 
 class FusedCudaLayer(nn.Module):
