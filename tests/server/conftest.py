@@ -1,9 +1,10 @@
-"""Fixtures of the server's tests. Without the serve extra only the page's tests are collected."""
+"""Fixtures of the server's tests. Without the serve extra all but the page's are skipped, and say so."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,8 +12,23 @@ import pytest
 if TYPE_CHECKING:
     from tests.server.serving import Running
 
-if any(find_spec(name) is None for name in ("uvicorn", "starlette", "msgspec", "prometheus_client")):
-    collect_ignore_glob = ["test_[!p]*.py"]
+MISSING = [
+    name for name in ("uvicorn", "starlette", "msgspec", "prometheus_client", "httpx2") if find_spec(name) is None
+]
+
+
+class _Skipped(pytest.Module):
+    """A module that is not even imported."""
+
+    def collect(self) -> Iterator[pytest.Item]:
+        pytest.skip(f"no {', '.join(MISSING)}: pip install 'redrafter[serve,test]'", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """The page is tested over a server of its own, which needs nothing."""
+    if MISSING and not module_path.name.startswith("test_page"):
+        return _Skipped.from_parent(parent, path=module_path)
+    return None
 
 
 @pytest.fixture(scope="module")

@@ -260,3 +260,9 @@ def test_the_description_names_every_route_and_its_schemas(server_url: str) -> N
     body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     name = body["$ref"].rpartition("/")[2]
     assert document["components"]["schemas"][name]["required"] == ["messages"]
+
+
+@pytest.mark.parametrize("cold", [1e-40, 5e-324])
+def test_a_temperature_that_float32_cannot_divide_by_is_greedy(server_url: str, cold: float) -> None:
+    greedy, colder = (complete(server_url, temperature=t).json()["choices"] for t in (0, cold))
+    assert greedy == colder and greedy[0]["finish_reason"] == "length"

@@ -327,17 +327,36 @@ def test_a_step_that_hangs_fails_health(slow: Running) -> None:
     assert httpx2.get(slow.url + "/health").status_code == 200
 
 
-def test_a_template_that_takes_too_long_is_given_up(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    object.__setattr__(server.service.settings, "render_timeout", 0.1)
-    encode = server.llm.tokenizer.encode_chat
-    monkeypatch.setattr(server.llm.tokenizer, "encode_chat", lambda messages: time.sleep(0.4) or encode(messages))
-    try:
-        response = chat(server.url)
-        assert response.status_code == 503 and "messages" in error_of(response)["message"]
-    finally:
-        object.__setattr__(server.service.settings, "render_timeout", 10.0)
+def test_a_template_that_never_ends_is_given_up_with_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    never = threading.Event()
+    with running(render_timeout=0.8) as run:
+        good = chat(run.url).json()["choices"]
+        encode = run.llm.tokenizer.encode_chat
+
+        def hanging(messages: Any) -> list[int]:
+            if messages[0]["content"] == "hang":
+                never.wait(30)
+            return encode(messages)
+
+        monkeypatch.setattr(run.llm.tokenizer, "encode_chat", hanging)
+        try:
+            for _ in range(2):
+                response = chat(run.url, messages=[{"role": "user", "content": "hang"}])
+                assert response.status_code == 503 and "messages" in error_of(response)["message"]
+                assert chat(run.url).json()["choices"] == good
+        finally:
+            never.set()
+        wait_for(lambda: sum(thread.name == "redrafter-text" for thread in threading.enumerate()) == 1)
+        assert chat(run.url).json()["choices"] == good
+
+
+def test_one_text_that_fails_does_not_stop_the_next(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = chat(server.url).json()["choices"]
+    monkeypatch.setattr(server.llm.tokenizer, "encode_chat", lambda messages: 1 // 0)
+    response = chat(server.url)
+    assert response.status_code == 500 and error_of(response)["code"] == "internal"
     monkeypatch.undo()
-    assert chat(server.url).status_code == 200
+    assert chat(server.url).json()["choices"] == good
 
 
 def test_a_body_that_does_not_come_is_given_up(server: Running) -> None:

@@ -29,6 +29,7 @@ def build(llm: LLM, settings: ServeSettings) -> tuple[ASGIApp, Service]:
         service.worker.start(asyncio.get_running_loop())
         yield
         service.worker.stop(unavailable("the server was shut down"))
+        service.texts.close()
         await asyncio.to_thread(service.worker.join, 10.0)
 
     app = Starlette(

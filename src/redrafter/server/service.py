@@ -8,7 +8,6 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,10 +20,13 @@ from redrafter.server.errors import ApiError, bad_request, overloaded, unavailab
 from redrafter.server.metrics import Metrics
 from redrafter.server.schemas import ChatRequest, Common, CompletionRequest
 from redrafter.server.settings import ServeSettings
+from redrafter.server.texts import Texts
 from redrafter.server.worker import Job, Worker
 
 MERGED = 4
 """characters that a tokenizer's normaliser may make one of"""
+COLDEST = 1e-30
+"""float32 cannot hold scores over a lower temperature; only the greedy choice is left of them long before"""
 _FIELD = {"max_new_tokens": "max_tokens"}
 
 
@@ -47,8 +49,7 @@ class Service:
         self.metrics.gauge("num_requests_running", "Requests that decode", lambda: self.worker.load.running)
         self.metrics.gauge("num_requests_waiting", "Requests that wait or whose prompt is read", self._waiting)
         self.metrics.gauge("kv_cache_usage_perc", "Share of cache slots in use", lambda: self.worker.load.cache_share)
-        # One thread: tokenizers are not safe to use from several, and one request's text must not stop the loop.
-        self._texts = ThreadPoolExecutor(1, thread_name_prefix="redrafter-text")
+        self.texts = Texts()
 
     def _waiting(self) -> float:
         return max(self.worker.open_requests - self.worker.load.running, 0)
@@ -129,11 +130,9 @@ class Service:
         return ids
 
     async def _encode(self, encode: Callable[[], list[int]], name: str) -> list[int]:
-        loop = asyncio.get_running_loop()
         limit = self.settings.render_timeout
         try:
-            async with asyncio.timeout(limit):
-                return await loop.run_in_executor(self._texts, encode)
+            return await self.texts.run(encode, limit)
         except TimeoutError as error:
             raise unavailable(f"{name} took more than {limit:g} seconds to turn into tokens: shorten it") from error
         except InvalidRequest as error:
@@ -198,8 +197,9 @@ def asked_tokens(request: Common) -> int | None:
 def sampling_params(request: Common, most: int, seed: int, index: int) -> SamplingParams:
     """The engine's settings for one answer; what is absent has OpenAI's default (a temperature of 1 among them)."""
     stop = request.stop or ()
+    temperature = _or(request.temperature, 1.0)
     return SamplingParams(
-        temperature=_or(request.temperature, 1.0),
+        temperature=0.0 if temperature < COLDEST else temperature,
         top_k=max(_or(request.top_k, 0), 0),
         top_p=_or(request.top_p, 1.0),
         min_p=_or(request.min_p, 0.0),
