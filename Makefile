@@ -9,11 +9,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FL
 PINNED := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint check format clean
+.PHONY: help demo test clients lint check format clean
 
 help:
 	@echo "make demo    install, fetch the default model, answer one question with and without speculation"
 	@echo "make test    install what tests need, run them"
+	@echo "make clients install the other programs that the server's tests ask it with (one is 6 GB)"
 	@echo "make lint    formatting, lint, types, import contracts"
 	@echo "make check   lint and test"
 	@echo "make format  rewrite files to the house format"
@@ -33,7 +34,13 @@ help:
 	$(PIP) -e '.[test,serve]'
 	@$(PIP) --only-binary mlx,mlx-cpu,mlx-metal -e '.[mlx]' || echo "no MLX for this machine: its tests will be skipped"
 	@$(PIP) -e '.[browser]' || echo "no Playwright for this machine: the page's tests will be skipped"
+	@$(MAKE) --no-print-directory .venv/clients/llm || echo "no llm for this machine: its tests will be skipped"
 	@touch $@
+
+# They pin versions that others here do not have: each in an environment of its own, whatever is newest.
+.venv/clients/%: .venv/made
+	$(PYTHON) -m venv --clear $@
+	@$@/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) $* || { rm -r $@; exit 1; }
 
 .venv/lints: .venv/made $(PINNED)
 	$(PIP) -e '.[dev]'
@@ -47,6 +54,8 @@ demo: .venv/runs
 
 test: .venv/tests
 	$(BIN)/python -m pytest
+
+clients: .venv/clients/llm .venv/clients/guidellm
 
 lint: .venv/lints
 	$(BIN)/ruff format --check .
