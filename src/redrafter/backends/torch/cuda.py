@@ -16,7 +16,7 @@ from redrafter.algorithm.tree import TokenTree, pack
 from redrafter.backends.base import BaseBackend, Fetched
 from redrafter.backends.torch.drafter import Drafter
 from redrafter.backends.torch.drafting import DraftState, TorchDrafter
-from redrafter.backends.torch.graph import CudaRecorder, GraphRunner, leaves, like
+from redrafter.backends.torch.graph import IDLE, CudaRecorder, GraphRunner, leaves, mapped
 from redrafter.backends.torch.kernels import step as kernels
 from redrafter.backends.torch.kernels.matmul import MAX_ROWS, few_rows, gru_step
 from redrafter.backends.torch.kernels.outcome import pack_outcome
@@ -69,9 +69,9 @@ class GraphBackend(TorchBackend):
             self._runner.clear()
 
     def step(self, state: DecodeState, config: DecodeConfig) -> tuple[DecodeState, Accepted, TokenTree]:
-        graph = self._runner(state, config)
-        self._told = graph.told
-        return graph.after, graph.accepted, graph.tree
+        view = self._runner(state, config)
+        self._told = view.told
+        return view.after, view.accepted, view.tree
 
     def whole_step(
         self, state: DecodeState, config: DecodeConfig
@@ -87,7 +87,7 @@ class GraphBackend(TorchBackend):
         """Start the copy to pinned memory of what the last step told."""
         told = self._told
         if self.device.type != "cuda":
-            return Fetched(*like(told))
+            return Fetched(*mapped(torch.clone, told))
         key = tuple(tuple(x.shape) for x in leaves(told))
         ring = self._pinned.setdefault(key, [])
         if len(ring) < IN_FLIGHT:
@@ -134,6 +134,13 @@ class KernelDrafter(TorchDrafter):
         if self._project:
             parts = drafter.input_proj.weight.split([config.width, config.state_size], 1)
             self._of_context, self._of_state = (part.contiguous() for part in parts)
+
+    def _first(self, reading: Reading) -> Tensor:
+        """An idle row writes behind all texts."""
+        first_B = super()._first(reading)
+        if not self._keys:
+            return first_B
+        return torch.where(reading.first <= IDLE, self._keys[0].shape[2] - reading.tokens.shape[1], first_B)
 
     def _attention(self, rows: slice, position_BT: Tensor) -> Attend:
         if position_BT.shape[1] > MAX_PAIRS:

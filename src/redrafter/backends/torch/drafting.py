@@ -76,13 +76,17 @@ class TorchDrafter:
         """The context [B, T, D] of every pair, whose keys and values are kept in rows ``row`` onward."""
         next_BTD = self._embed(reading.tokens)
         features = reading.features.to(next_BTD.dtype)
-        first_B = reading.first.clamp(min=0)
+        first_B = self._first(reading)
         position_BT = first_B[:, None] + torch.arange(reading.tokens.shape[1], device=first_B.device)
         if not self._keys:
             assert not (self.drafter.config.trunk_layers and self.drafter.config.trunk_heads), "allocate() comes first"
             return self.drafter.context(features, next_BTD, position_BT)
         attend = self._attention(slice(row, row + position_BT.shape[0]), position_BT)
         return self.drafter.context(features, next_BTD, position_BT, attend)
+
+    def _first(self, reading: Reading) -> Tensor:
+        """[B]: the position of every row's pair 0; that of a text of one token is named -1."""
+        return reading.first.clamp(min=0)
 
     def _attention(self, rows: slice, position_BT: Tensor) -> Attend:
         """Attention of new pairs at these positions over all that is kept of their rows, themselves included."""

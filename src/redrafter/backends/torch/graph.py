@@ -1,8 +1,9 @@
 """A whole decoding step as one CUDA graph: no launch from Python, no wait for the device.
 
-A graph is recorded when a (shape, rows, settings in use) first occurs, and replayed from then on. It reads its state
-from buffers of its own and writes the next state into the same buffers, so that steps follow each other without a copy;
-a state that comes from elsewhere (a request joined or left) is copied in. Its slow twin is the step it was recorded of.
+A graph is recorded when a (shape, rows, settings in use) first occurs, and replayed from then on, also for a few rows
+less: the rest are idle then (``IDLE``). It reads its state from buffers of its own and writes the next state into the
+same buffers, so that steps follow each other without a copy; a state that comes from elsewhere (a request joined or
+left) is copied in. Its slow twin is the step it was recorded of.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from torch import Tensor
 from redrafter.algorithm.accept import Accepted
 from redrafter.algorithm.step import DecodeState
 from redrafter.algorithm.tree import TokenTree
-from redrafter.backends.torch.gpu import room_for
 from redrafter.params import DecodeConfig
 
 Step = Callable[[DecodeState, DecodeConfig], tuple[DecodeState, Accepted, TokenTree, Any]]
@@ -35,19 +35,20 @@ def leaves(value: Any) -> Iterator[Tensor]:
 
 
 def signature(value: Any) -> Any:
-    """Equal for two nested tuples that one graph can serve: shapes and dtypes of tensors, and all else as it is."""
+    """Equal for two nested tuples that one graph can serve but for the number of rows, the first axis of every tensor:
+    other axes and dtypes of tensors, and all else as it is."""
     if isinstance(value, Tensor):
-        return tuple(value.shape), value.dtype
+        return tuple(value.shape[1:]), value.dtype
     return tuple(map(signature, value)) if isinstance(value, tuple) else value
 
 
-def like(value: Any) -> Any:
-    """The same nesting with fresh copies of the tensors."""
+def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """The same nesting with the function's tensors."""
     if isinstance(value, Tensor):
-        return value.clone()
+        return function(value)
     if not isinstance(value, tuple):
         return value
-    items = map(like, value)
+    items = (mapped(function, item) for item in value)
     return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
 
 
@@ -57,13 +58,14 @@ def copy_into(target: Any, source: Any) -> None:
             to.copy_(value)
 
 
-def without_reading(state: DecodeState) -> DecodeState:
-    """For a plain step: the drafter does not look, and what waits for it may be of any width."""
-    return state._replace(reading=None)  # type: ignore[arg-type]
+IDLE = -2
+"""The length of a row that no request runs in: its keys and values go behind all texts, its outcome to nobody. (A row
+whose text is one token has length 0, and its reading begins at -1.)"""
 
 
-class Recorded(NamedTuple):
-    replay: Callable[[], None]
+class View(NamedTuple):
+    """The first rows of a graph: the same tensor objects at every step, so that nothing is copied needlessly."""
+
     state: DecodeState
     """the buffers: read at the start of a replay, the next state after it"""
     after: DecodeState
@@ -73,44 +75,79 @@ class Recorded(NamedTuple):
     told: Any
 
 
+class Recorded:
+    """A graph, its buffers and its results."""
+
+    def __init__(self, replay: Callable[[], None], whole: View, real_B: Tensor) -> None:
+        self.replay, self.real_B = replay, real_B
+        self.rows = len(real_B)
+        self._whole = whole
+        self._views: dict[int, View] = {self.rows: whole}
+        self._now = self.rows
+
+    def first(self, rows: int) -> View:
+        if rows not in self._views:
+            self._views[rows] = mapped(lambda x: x[:rows], self._whole)
+        return self._views[rows]
+
+    def load(self, state: DecodeState) -> View:
+        rows = state.root.shape[0]
+        view = self.first(rows)
+        copy_into(view.state, state)
+        if rows != self._now:
+            self._now = rows
+            self.real_B[:rows] = True
+            self.real_B[rows:] = False
+            self._whole.state.lengths[rows:] = IDLE
+            if self._whole.state.reading is not None:
+                self._whole.state.reading.first[rows:] = IDLE
+        return view
+
+
 class GraphRunner:
     def __init__(self, step: Step, record: Record) -> None:
         self._step, self._record = step, record
-        self._graphs: dict[Any, Recorded] = {}
+        self._graphs: dict[Any, dict[int, Recorded]] = {}
 
     def __len__(self) -> int:
-        return len(self._graphs)
+        return sum(map(len, self._graphs.values()))
 
     def clear(self) -> None:
         """Forget every graph: something they point to has moved."""
         self._graphs.clear()
 
-    def __call__(self, state: DecodeState, config: DecodeConfig) -> Recorded:
+    def __call__(self, state: DecodeState, config: DecodeConfig) -> View:
         """One step. What is returned holds until the next call; later work on the same stream sees it whole."""
-        if not config.speculative:
-            state = without_reading(state)
-        key = config, signature(state)
-        graph = self._graphs.get(key)
-        if graph is None:
-            with room_for(f"a graph of a step of {len(state.root)} rows and {config.tree_size} nodes"):
-                graph = self._graphs[key] = self._recorded(like(state), config)
-        copy_into(graph.state, state)
+        if not config.speculative:  # the drafter does not look, and what waits for it may be of any width
+            state = state._replace(reading=None)
+        rows = state.root.shape[0]
+        known = self._graphs.setdefault((config, signature(state)), {})
+        # A third more rows than are needed cost less than recording again each time that one leaves.
+        fits = min((r for r in known if rows <= r <= rows + (rows + 2) // 3), default=None)
+        if fits is None:
+            known[rows] = self._recorded(mapped(torch.clone, state), config)
+        graph = known[rows if fits is None else fits]
+        view = graph.load(state)
         graph.replay()
-        return graph
+        return view
 
     def _recorded(self, buffers: DecodeState, config: DecodeConfig) -> Recorded:
         # Once outside of the recording: libraries set themselves up, kernels compile. It writes to cache slots that
         # the replay writes again, and to nothing else.
         self._step(buffers, config)
+        real_B = torch.ones_like(buffers.root, dtype=torch.bool)
 
         def run() -> tuple[Any, ...]:
             after, accepted, tree, told = self._step(buffers, config)
-            copy_into(buffers, after if config.speculative else without_reading(after))
+            lengths = torch.where(real_B, after.lengths, IDLE)
+            first = torch.where(real_B, after.reading.first, IDLE)
+            after = after._replace(lengths=lengths, reading=after.reading._replace(first=first))
+            copy_into(buffers, after if config.speculative else after._replace(reading=None))
             return after.reading, accepted, tree, told
 
         replay, (reading, accepted, tree, told) = self._record(run)
         after = buffers if config.speculative else buffers._replace(reading=reading)
-        return Recorded(replay, buffers, after, accepted, tree, told)
+        return Recorded(replay, View(buffers, after, accepted, tree, told), real_B)
 
 
 class CudaRecorder:

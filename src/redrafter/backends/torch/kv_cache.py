@@ -64,6 +64,10 @@ class KVCache:
         self._slot_BN = slot_BN
         self._limit = limit
 
+    def first_slots(self, lengths_B: Tensor, tokens: int) -> Tensor:
+        """[B]: where the next ``tokens`` tokens of every row begin."""
+        return lengths_B
+
     def check(self, keys: Tensor, values: Tensor, layer_idx: int) -> None:
         if keys.shape[1:] != values.shape[1:] or (keys.shape[1], keys.shape[3]) != (self.heads, self.head_width):
             raise UnsupportedModel(

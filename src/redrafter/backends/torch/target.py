@@ -104,7 +104,8 @@ class TorchTarget:
 
     def verify(self, tree: TokenTree, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
         nodes = tree.tokens.shape[1]
-        slot_BN = lengths_B[:, None] + torch.arange(nodes, device=self.device)
+        slot_BN = self.cache.first_slots(lengths_B, nodes)[:, None] + torch.arange(nodes, device=self.device)
+        lengths_B = lengths_B.clamp(min=0)
         limit = self._limit(slot_BN)
         self.cache.place(0, slot_BN, limit)
         mask = self._tree_mask(tree, lengths_B, limit)

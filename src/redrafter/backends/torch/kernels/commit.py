@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -109,6 +110,10 @@ class KernelCache(KVCache):
         keys, values = (x[layer_idx, self._rows, :, : self._limit] for x in (self.keys, self.values))
         return LayerSlots(keys, values, self._slot_BN)
 
+    def first_slots(self, lengths_B: Tensor, tokens: int) -> Tensor:
+        """A row of negative length is idle (``graph.IDLE``): it writes to the last slots, behind all texts."""
+        return torch.where(lengths_B < 0, self.slots - tokens, lengths_B)
+
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         self.check(keys, values, layer_idx)
         stored_keys, stored_values, slot_BN = self.layer(layer_idx)
@@ -117,4 +122,4 @@ class KernelCache(KVCache):
 
     def keep_path(self, lengths_B: Tensor, path_BD: Tensor) -> None:
         if path_BD.shape[1] > 1:
-            keep_path(self.keys, self.values, lengths_B, path_BD)
+            keep_path(self.keys, self.values, self.first_slots(lengths_B, path_BD.shape[1]), path_BD)

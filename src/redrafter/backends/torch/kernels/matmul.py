@@ -189,11 +189,15 @@ class _Plan(NamedTuple):
     stages: int
 
 
-def _plan(M: int, N: int, K: int, normed_or_gated: bool) -> _Plan:
+def _plan(M: int, N: int, K: int, normed_or_gated: bool, gated: bool = False) -> _Plan:
     """Block sizes that read fastest on an H200, by a search over the shapes of Llama-2-7B and SmolLM2-135M."""
     if M == 1:
+        if K >= 8192:
+            return _Plan(1, 512, 1, 2, 1)
         if K >= 2048:
-            return _Plan(4, 2048, 1, 8, 1) if N > 16384 and not normed_or_gated else _Plan(2, 2048, 1, 4, 1)
+            if gated:
+                return _Plan(4, 1024, 1, 4, 1)
+            return _Plan(2, 2048, 1, 8, 1) if N > 8192 else _Plan(1, 1024, 1, 8, 1)
         return _Plan(4, min(1024, triton.next_power_of_2(K)), 1, 4, 1)
     if K < 2048:
         return _Plan(32 if N <= 4096 else 64, 64, 1, 4, 4)
@@ -237,7 +241,7 @@ def few_rows(
     kind = 0 if norm is None else 1 if norm.weight is None else 2
     gain = x_MK if norm is None or norm.weight is None else norm.weight
     eps = 0.0 if norm is None else norm.eps
-    plan = plan or _plan(M, N, K, gated or norm is not None)
+    plan = plan or _plan(M, N, K, gated or norm is not None, gated)
     flags = (kind, gated, bias_N is not None, silu, residual_MN is not None)
     residual = x_MK if residual_MN is None else residual_MN
     assert residual.stride(1) == 1
