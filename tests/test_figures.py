@@ -10,8 +10,10 @@ import pytest
 
 from redrafter.cli import COMMANDS
 from redrafter.cli.bench import bench
+from redrafter.cli.chat import chat
 from redrafter.cli.data import data
 from redrafter.cli.generate import generate
+from redrafter.cli.serve import serve
 from redrafter.cli.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,7 +65,9 @@ def test_a_figure_without_provenance_and_a_readme_without_markers_are_refused() 
 def test_commands_and_options_named_in_the_readme_exist() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^(?:\$ )?redrafter (\w+)", readme, re.MULTILINE)) <= set(COMMANDS)
-    hints = {k: v for command in (bench, data, generate, train) for k, v in command.__annotations__.items()}
+    hints = {
+        k: v for command in (bench, chat, data, generate, serve, train) for k, v in command.__annotations__.items()
+    }
     named = {option for hint in hints.values() for option in re.findall(r"--[\w-]+", str(hint))}
     named |= {f"--{name.replace('_', '-')}" for name in hints} | {"--debug", "--json", "--version"}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", readme)) <= named
