@@ -22,6 +22,7 @@ NEEDS_PLAIN = {
     "speedup_median": "x",
     "speedup_q3": "x",
     "speedup_per_token": "x",
+    "overhead": "x",
     "plain_seconds": "s",
     "plain_tokens_per_second": "tokens/s",
     "forks": "answers",
@@ -127,12 +128,14 @@ def _against_plain(
     low, middle, high = quartiles([r["speedup"] for r in records])
     equal = sum(bool(r["equal"]) for r in records)
     drafted = summary["speculative_tokens_per_second"]
+    per_token = _ratio(drafted, rate) if drafted is not None and rate is not None else None
     return {
         "speedup": _ratio(seconds, summary["speculative_seconds"]),
         "speedup_q1": low,
         "speedup_median": middle,
         "speedup_q3": high,
-        "speedup_per_token": _ratio(drafted, rate) if drafted is not None and rate is not None else None,
+        "speedup_per_token": per_token,
+        "overhead": _ratio(summary["tokens_per_step"], per_token) if summary["tokens_per_step"] and per_token else None,
         "plain_seconds": seconds,
         "plain_tokens_per_second": rate,
         "forks": len(records) - equal,

@@ -52,6 +52,11 @@ def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
 
 
+def without_reading(state: DecodeState) -> DecodeState:
+    """For a plain step: the drafter does not look, and what waits for it may be of any width."""
+    return state._replace(reading=None)  # type: ignore[arg-type]
+
+
 def copy_into(target: Any, source: Any) -> None:
     for to, value in zip(leaves(target), leaves(source), strict=True):
         if to is not value:
@@ -118,8 +123,8 @@ class GraphRunner:
 
     def __call__(self, state: DecodeState, config: DecodeConfig) -> View:
         """One step. What is returned holds until the next call; later work on the same stream sees it whole."""
-        if not config.speculative:  # the drafter does not look, and what waits for it may be of any width
-            state = state._replace(reading=None)
+        if not config.speculative:
+            state = without_reading(state)
         rows = state.root.shape[0]
         known = self._graphs.setdefault((config, signature(state)), {})
         # A third more rows than are needed cost less than recording again each time that one leaves.
@@ -142,7 +147,7 @@ class GraphRunner:
             lengths = torch.where(real_B, after.lengths, IDLE)
             first = torch.where(real_B, after.reading.first, IDLE)
             after = after._replace(lengths=lengths, reading=after.reading._replace(first=first))
-            copy_into(buffers, after if config.speculative else after._replace(reading=None))
+            copy_into(buffers, after if config.speculative else without_reading(after))
             return after.reading, accepted, tree, told
 
         replay, (reading, accepted, tree, told) = self._record(run)
