@@ -44,8 +44,8 @@ def pack_outcome(accepted: Accepted, tree: TokenTree) -> Tensor:
     rows, depths = accepted.tokens.shape
     nodes = tree.tokens.shape[1]
     packed = torch.empty(rows, depths + 2 * nodes + 5, dtype=torch.int64, device=tree.tokens.device)
-    arrays = (accepted.tokens, accepted.length, accepted.finite.view(torch.int8))
-    arrays += (tree.tokens, tree.parent, tree.depth, tree.live.view(torch.int8))
+    told = (accepted.tokens, accepted.length, accepted.finite.view(torch.int8))
+    arrays = (*told, tree.tokens, tree.parent, tree.depth, tree.live.view(torch.int8))
     assert all(x.is_contiguous() for x in arrays)
     _pack_outcome[(rows,)](
         *arrays, packed, DEPTHS=depths, NODES=nodes,
