@@ -9,7 +9,8 @@ import pytest
 
 from redrafter.server.body import _depth
 from redrafter.server.schemas import UNSUPPORTED
-from tests.server.client import MESSAGES, chat, complete, error_of, post, raw
+from tests.server import malformed
+from tests.server.client import chat, complete, error_of, post, raw
 from tests.server.serving import Running
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -17,61 +18,7 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 @pytest.mark.parametrize(
     ("fields", "param"),
-    [
-        ({"messages": []}, "messages"),
-        ({"messages": "why"}, "messages"),
-        ({"messages": None}, "messages"),
-        ({"messages": [{"role": "user"}]}, "messages[0].content"),
-        ({"messages": [{"content": "a"}]}, "messages[0].role"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role"),
-        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
-        ({"messages": MESSAGES * 2049}, "messages"),
-        ({"n": 0}, "n"),
-        ({"n": -1}, "n"),
-        ({"n": 17}, "n"),
-        ({"n": 10**9}, "n"),
-        ({"n": 10**40}, "n"),
-        ({"n": True}, "n"),
-        ({"n": "2"}, "n"),
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": -1}, "max_tokens"),
-        ({"max_tokens": 1.5}, "max_tokens"),
-        ({"max_completion_tokens": 0}, "max_completion_tokens"),
-        ({"max_tokens": 300}, "max_tokens"),
-        ({"max_tokens": 2**31 - 1}, "max_tokens"),
-        ({"temperature": -1}, "temperature"),
-        ({"temperature": 2.1}, "temperature"),
-        ({"temperature": "hot"}, "temperature"),
-        ({"top_p": 0}, "top_p"),
-        ({"top_p": 1.1}, "top_p"),
-        ({"top_k": -2}, "top_k"),
-        ({"min_p": 1.5}, "min_p"),
-        ({"presence_penalty": 3}, "presence_penalty"),
-        ({"repetition_penalty": 0}, "repetition_penalty"),
-        ({"seed": 2**63}, "seed"),
-        ({"seed": 1.5}, "seed"),
-        ({"stop": ""}, "stop"),
-        ({"stop": 5}, "stop"),
-        ({"stop": ["a"] * 5}, "stop"),
-        ({"stop": "a" * 257}, "stop"),
-        ({"stop": ["a", ""]}, "stop[1]"),
-        ({"logit_bias": {"x": 1}}, "logit_bias"),
-        ({"logit_bias": {"-1": 1}}, "logit_bias"),
-        ({"logit_bias": {"280": 1}}, "logit_bias"),
-        ({"logit_bias": {"1": 101}}, "logit_bias[...]"),
-        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias"),
-        ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
-        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
-        ({"top_logprobs": 2}, "top_logprobs"),
-        ({"logprobs": 2}, "logprobs"),
-        ({"stream": "yes"}, "stream"),
-        ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"model": ""}, "model"),
-        ({"model": 3}, "model"),
-        ({"speculation": "no"}, "speculation"),
-    ],
+    malformed.CHAT_FIELDS,
 )
 def test_a_field_that_cannot_be_is_named(server_url: str, fields: dict[str, Any], param: str) -> None:
     response = chat(server_url, **fields)
@@ -83,21 +30,7 @@ def test_a_field_that_cannot_be_is_named(server_url: str, fields: dict[str, Any]
 
 @pytest.mark.parametrize(
     ("fields", "param"),
-    [
-        ({"prompt": ""}, "prompt"),
-        ({"prompt": []}, "prompt"),
-        ({"prompt": [1, 280]}, "prompt"),
-        ({"prompt": [-1]}, "prompt[0]"),
-        ({"prompt": ["a", "b"]}, "prompt"),
-        ({"prompt": [1, "b"]}, "prompt"),
-        ({"prompt": None}, "prompt"),
-        ({"prompt": "a" * 300}, "prompt"),
-        ({"logprobs": True}, "logprobs"),
-        ({"logprobs": 21}, "logprobs"),
-        ({"echo": True}, "echo"),
-        ({"suffix": "x"}, "suffix"),
-        ({"best_of": 2}, "best_of"),
-    ],
+    malformed.TEXT_FIELDS,
 )
 def test_a_field_of_text_completions_that_cannot_be_is_named(server_url: str, fields: dict, param: str) -> None:
     response = complete(server_url, **fields)
@@ -117,28 +50,7 @@ def test_a_known_field_that_is_not_supported_is_named(server_url: str, name: str
 
 @pytest.mark.parametrize(
     "body",
-    [
-        b"",
-        b"{",
-        b"[]",
-        b"null",
-        b"5",
-        b'"text"',
-        b"\xff\xfe{\x00}\x00",
-        b"\xef\xbb\xbf{}",
-        b'{"messages": [{"role": "user", "content": "\xed\xa0\x80"}]}',
-        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
-        b'{"messages": [{"role": "user", "content": "a\x00b"}]}',
-        b'{"messages": [{"role": "user", "content": "a"}], "temperature": NaN}',
-        b'{"messages": [{"role": "user", "content": "a"}], "temperature": Infinity}',
-        b'{"messages": [{"role": "user", "content": "a"}], "temperature": 1e400}',
-        b'{"messages": [{"role": "user", "content": "a"}],}',
-        b'{"messages": [{"role": "user", "content": "a"}]} {}',
-        b"[" * 100_000,
-        b'{"a":' * 100_000,
-        b'{"messages": [{"role": "user", "content": "a"}], "x": ' + b"[" * 64 + b"]" * 64 + b"}",
-        b"1" * 5000,
-    ],
+    malformed.BODIES,
 )
 def test_what_is_no_json_or_no_request_is_refused(server_url: str, body: bytes) -> None:
     response = post(server_url, CHAT, body)
@@ -199,38 +111,19 @@ def test_a_prompt_that_is_surely_too_long_is_not_even_read(server: Running, monk
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [
-        ("GET", "/nothing", 404),
-        ("POST", "/v1/nothing", 404),
-        ("GET", "/v1/", 404),
-        ("GET", "//v1/models", 404),
-        ("GET", "/v1/%2e%2e/etc/passwd", 404),
-        ("GET", CHAT, 405),
-        ("OPTIONS", CHAT, 405),
-        ("DELETE", "/v1/models", 405),
-        ("PATCH", "/", 405),
-        ("POST", "/health", 405),
-        ("PROPFIND", TEXT, 405),
-    ],
+    malformed.ROUTES,
 )
 def test_wrong_routes_and_methods(server_url: str, method: str, path: str, status: int) -> None:
     response = httpx2.request(method, server_url + path)
     assert response.status_code == status
-    assert error_of(response)["code"] == "route"
+    assert error_of(response)["code"] == ("model_not_found" if path.startswith("/v1/models/") else "route")
     assert status != 405 or response.headers["allow"]
     assert not any(name.startswith("access-control") for name in response.headers)
 
 
 @pytest.mark.parametrize(
     "data",
-    [
-        b"nonsense\r\n\r\n",
-        b"GET /health HTTP/1.1\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 200_000,
-        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nabcde",
-        b"GET /health HTTP/1.1\r\nHost: localhost\r\nBad Header: x\r\n\r\n",
-    ],
+    malformed.NO_HTTP,
 )
 def test_what_is_no_http_gets_an_error_in_the_same_shape(server_url: str, data: bytes) -> None:
     head, _, body = raw(server_url, data).partition(b"\r\n\r\n")
@@ -252,3 +145,13 @@ def test_a_websocket_is_a_get_like_any_other(server_url: str) -> None:
 def test_template_errors_are_the_requests(server_url: str) -> None:
     response = chat(server_url, chat_template="{{ 7 * 7 }}")
     assert error_of(response)["param"] == "chat_template"
+
+
+@pytest.mark.slow
+def test_at_least_150_malformed_requests_leave_the_server_as_it_was(server: Running) -> None:
+    before = chat(server.url).json()["choices"]
+    told = list(malformed.ask_all(server.url))
+    assert len({answer.name for answer in told}) == len(told) >= 150
+    assert not [answer for answer in told if answer.status != answer.wanted or not answer.shaped]
+    assert chat(server.url).json()["choices"] == before
+    server.engine.check()

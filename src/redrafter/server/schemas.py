@@ -27,7 +27,8 @@ class StreamOptions(Struct):
     continuous_usage_stats: bool | None = None
 
 
-class TextPart(Struct, tag_field="type", tag="text"):
+class TextPart(Struct):
+    type: Literal["text"]
     text: str
 
 
