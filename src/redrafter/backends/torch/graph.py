@@ -17,6 +17,7 @@ from torch import Tensor
 from redrafter.algorithm.accept import Accepted
 from redrafter.algorithm.step import DecodeState
 from redrafter.algorithm.tree import TokenTree
+from redrafter.backends.torch.gpu import room_for
 from redrafter.params import DecodeConfig
 
 Step = Callable[[DecodeState, DecodeConfig], tuple[DecodeState, Accepted, TokenTree, Any]]
@@ -130,7 +131,8 @@ class GraphRunner:
         # A third more rows than are needed cost less than recording again each time that one leaves.
         fits = min((r for r in known if rows <= r <= rows + (rows + 2) // 3), default=None)
         if fits is None:
-            known[rows] = self._recorded(mapped(torch.clone, state), config)
+            with room_for(f"a graph of a step of {rows} rows and {config.tree_size} nodes"):
+                known[rows] = self._recorded(mapped(torch.clone, state), config)
         graph = known[rows if fits is None else fits]
         view = graph.load(state)
         graph.replay()
