@@ -136,7 +136,8 @@ class Gaps(NamedTuple):
     """What a long prompt did to the streams beside it.
 
     chunks: that its prompt was read in; most_between: most of them between two steps of the running streams; delay:
-    the longest gap between two chunks of a stream while it was read, less the usual one, in times of one prompt chunk.
+    the longest gap between two chunks of a stream while it was read, less the usual one, in times of the longest prompt
+    chunk (they take longer the more text stands before them).
     """
 
     chunks: int
@@ -206,5 +207,5 @@ def _gaps(marks: list[tuple[str, float, float]], arrivals: list[list[float]], be
     for times in arrivals:
         for before, after in itertools.pairwise(times):
             (beside if began <= after and before <= ended else usual).append(after - before)
-    chunk, gap = chunks[len(chunks) // 2], sorted(usual)[len(usual) // 2]
+    chunk, gap = chunks[-1], sorted(usual)[len(usual) // 2]
     return Gaps(len(chunks), most, (max(beside) - gap) / chunk, chunk, gap, max(beside))
