@@ -18,7 +18,15 @@ from redrafter.algorithm.sampling import Sampling
 from redrafter.algorithm.step import DecodeState
 from redrafter.backends.protocol import Backend, Outcome, SamplingHistory
 from redrafter.batch import MAX_PENDING, append, first_state, join, last_pair, of_width, take_rows
-from redrafter.errors import InvalidRequest, NonFiniteLogits, Overloaded, RedrafterError, RequestFailed
+from redrafter.errors import (
+    InvalidRequest,
+    NonFiniteLogits,
+    OutOfMemory,
+    Overloaded,
+    RedrafterError,
+    RequestFailed,
+    is_out_of_memory,
+)
 from redrafter.params import PLAIN, DecodeConfig, SamplingParams
 from redrafter.policy import Fixed, Policy
 from redrafter.prefix import Prefixes
@@ -369,6 +377,8 @@ class Engine:
 def _named(request: Request, error: Exception) -> RedrafterError:
     if isinstance(error, RedrafterError):
         return error
+    if is_out_of_memory(error):
+        return OutOfMemory(f"request {request.request_id!r}: there was no memory to read its prompt: shorten it")
     first_line = (str(error).strip().splitlines() or [""])[0]
     return RequestFailed(
         f"request {request.request_id!r}: its prompt was not read: {type(error).__name__} {first_line}"

@@ -53,3 +53,8 @@ class NonFiniteLogits(RedrafterError):
 
 class TrainingDiverged(RedrafterError):
     """A loss that is no number."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Ours, Python's, or that of a framework, told by its name."""
+    return isinstance(error, OutOfMemory | MemoryError) or type(error).__name__ == "OutOfMemoryError"

@@ -12,11 +12,12 @@ from typing import Any
 
 import httpx2
 import pytest
+import torch
 
 from redrafter.errors import OutOfMemory
 from redrafter.server import answers as answers_module
 from redrafter.server import run as run_module
-from tests.server.client import MESSAGES, chat, dial, error_of, events, receive_until, request_bytes
+from tests.server.client import MESSAGES, chat, complete, dial, error_of, events, receive_until, request_bytes
 from tests.server.serving import Running, running, tiny_llm
 
 LONG = {"messages": MESSAGES, "max_tokens": 240, "seed": 1}
@@ -27,6 +28,10 @@ def wait_for(what: Callable[[], bool], seconds: float = 20.0) -> None:
     while not what():
         assert time.monotonic() < end, "it did not come about"
         time.sleep(0.005)
+
+
+def text_threads() -> int:
+    return sum(thread.name == "redrafter-text" for thread in threading.enumerate())
 
 
 @pytest.fixture
@@ -263,6 +268,39 @@ def test_no_memory_for_one_request_is_told_to_it_alone(monkeypatch: pytest.Monke
         assert refused.status_code == 503 and "memory" in error_of(refused)["message"]
 
 
+def test_no_memory_while_a_prompt_is_read_ends_that_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running() as run:
+        good = chat(run.url, max_tokens=60).json()["choices"]
+        read = run.engine.backend.prefill_chunk
+
+        def small(row: int, prompt: Any, *rest: Any) -> Any:
+            if len(prompt) > 100:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
+            return read(row, prompt, *rest)
+
+        monkeypatch.setattr(run.engine.backend, "prefill_chunk", small)
+        with ThreadPoolExecutor(2) as pool:
+            beside = pool.submit(chat, run.url, max_tokens=60)
+            wait_for(lambda: run.service.worker.load.running == 1)
+            refused = complete(run.url, prompt="why" * 50)
+            assert beside.result().json()["choices"] == good
+        assert refused.status_code == 503 and "memory" in error_of(refused)["message"]
+        assert chat(run.url, max_tokens=60).json()["choices"] == good
+        run.engine.check()
+
+
+def test_no_memory_in_a_step_is_told_and_the_next_requests_are_served() -> None:
+    with running() as run:
+        good = chat(run.url).json()["choices"]
+        fail_once(run, torch.OutOfMemoryError("CUDA out of memory"), lambda: run.service.worker.load.running == 2)
+        with ThreadPoolExecutor(2) as pool:
+            asked = [pool.submit(chat, run.url, max_tokens=100) for _ in range(2)]
+            for response in (one.result() for one in asked):
+                assert response.status_code == 503 and "memory" in error_of(response)["message"]
+        assert chat(run.url).json()["choices"] == good
+        run.engine.check()
+
+
 def test_numbers_that_are_not_finite_end_one_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     with running() as run:
         good = chat(run.url, max_tokens=30).json()["choices"]
@@ -299,7 +337,9 @@ def test_the_death_of_the_engine_is_told_to_everybody(error: BaseException) -> N
         with ThreadPoolExecutor(2) as pool:
             asked = [pool.submit(chat, run.url, stream=stream, max_tokens=200) for stream in (True, False)]
             stream, whole = (one.result() for one in asked)
-        assert events(stream)[-1]["error"]["type"] == "server_error"
+        # The one that asks second may find the engine dead already.
+        told = error_of(stream) if stream.status_code == 503 else events(stream)[-1]["error"]
+        assert told["type"] == "server_error"
         assert whole.status_code in (500, 503) and error_of(whole)
         wait_for(lambda: not run.service.worker.alive)
         for path in ("/health", "/ready"):
@@ -331,6 +371,7 @@ def test_a_template_that_never_ends_is_given_up_with_its_thread(monkeypatch: pyt
     never = threading.Event()
     with running(render_timeout=0.8) as run:
         good = chat(run.url).json()["choices"]
+        before = text_threads()  # other servers of these tests have theirs
         encode = run.llm.tokenizer.encode_chat
 
         def hanging(messages: Any) -> list[int]:
@@ -346,7 +387,7 @@ def test_a_template_that_never_ends_is_given_up_with_its_thread(monkeypatch: pyt
                 assert chat(run.url).json()["choices"] == good
         finally:
             never.set()
-        wait_for(lambda: sum(thread.name == "redrafter-text" for thread in threading.enumerate()) == 1)
+        wait_for(lambda: text_threads() == before)
         assert chat(run.url).json()["choices"] == good
 
 

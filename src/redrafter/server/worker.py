@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from redrafter.engine import Engine, EngineLoad, Event, RequestStatistics
-from redrafter.errors import RedrafterError, RequestFailed
+from redrafter.errors import OutOfMemory, RedrafterError, RequestFailed, is_out_of_memory
 from redrafter.params import PLAIN, DecodeConfig, SamplingParams
 from redrafter.policy import Forecast, Policy
 from redrafter.server.errors import overloaded, unavailable
@@ -237,7 +237,12 @@ class Worker:
 
     def _end_all(self, error: Exception) -> list[Event]:
         """After a step that raised: every request ends with what is known of the reason."""
-        fault = error if isinstance(error, RedrafterError) else RequestFailed(f"a step failed: {type(error).__name__}")
+        if isinstance(error, RedrafterError):
+            fault: RedrafterError = error
+        elif is_out_of_memory(error):
+            fault = OutOfMemory("there was no memory for a step: lower --max-batch or --max-context")
+        else:
+            fault = RequestFailed(f"a step failed: {type(error).__name__}")
         self._engine.cancel_all()
         return [event._replace(finish_reason="error", error=fault) for event in self._engine.step()]
 
