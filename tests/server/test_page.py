@@ -67,6 +67,7 @@ def browser() -> Iterator[Any]:
 def expect(browser) -> Callable[..., Any]:
     from playwright.sync_api import expect
 
+    expect.set_options(timeout=20_000)  # a busy machine is no failure
     return expect
 
 

@@ -13,6 +13,7 @@ import torch
 from redrafter.backends.torch.checkpoint import load_drafter
 from redrafter.bench.results import read_result
 from redrafter.cli import main
+from redrafter.cli.data import DEFAULT_TOKENS
 from tests import fakes
 from tests.tiny import make_model
 
@@ -42,6 +43,7 @@ def commands() -> list[list[str]]:
 @pytest.mark.timeout(240)
 def test_the_three_commands_work_from_an_empty_folder(folder: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(folder)
+    monkeypatch.setitem(DEFAULT_TOKENS, "cpu", 8_000)  # of the default's 20,000: it learns enough
     three = commands()
     assert [c[0] for c in three] == ["data", "train", "generate"]
     three[0] += ["--json-out", "datagen.json"]
@@ -52,7 +54,7 @@ def test_the_three_commands_work_from_an_empty_folder(folder: Path, monkeypatch,
     assert json.loads(out.splitlines()[1])["best_tokens_per_step"] >= 1
     load_drafter(folder / "run" / "drafter")
     made = read_result(folder / "datagen.json")
-    assert made["summary"]["kept_answer_tokens"] == made["counts"]["kept_answer_tokens"] > 10_000
+    assert made["summary"]["kept_answer_tokens"] == made["counts"]["kept_answer_tokens"] > 7_000
     assert made["summary"]["kept_answer_tokens_per_second"] > 0
     # On a model this small plain decoding may be what pays; a shape that is asked for is used.
     assert main([*three[2], "--device", "cpu", "--tree-size", "8"]) == 0
