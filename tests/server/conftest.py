@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -43,3 +44,19 @@ def server() -> Iterator[Running]:
 def server_url(server: Running) -> str:
     """The address of a real server over a tiny model, one for each test module."""
     return server.url
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
+    """One row, one place in the queue, and steps of at least 20 ms."""
+    from tests.server.serving import running, tiny_llm
+
+    with running(tiny_llm(max_batch=1), max_queue=1) as run:
+        step = run.engine.step
+
+        def slower() -> Any:
+            time.sleep(0.02)
+            return step()
+
+        monkeypatch.setattr(run.engine, "step", slower)
+        yield run

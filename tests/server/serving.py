@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import httpx2
 import torch
 
 from redrafter import LLM, DecodeConfig
@@ -97,3 +99,23 @@ class _InThread:
             await asyncio.sleep(0.005)
         self.ready.set()
         await serving
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.005)
+
+
+def text_threads() -> int:
+    """Threads that turn texts into tokens, of all servers."""
+    return sum(thread.name == "redrafter-text" for thread in threading.enumerate())
+
+
+def idle(run: Running) -> bool:
+    return run.service.worker.open_requests == 0 and not run.engine.has_work
+
+
+def metrics(run: Running) -> str:
+    return httpx2.get(run.url + "/metrics").text
