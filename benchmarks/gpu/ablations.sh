@@ -3,7 +3,7 @@
 #   REDRAFTER_COMMIT=SHA benchmarks/gpu/ablations.sh MODEL WORK PROMPTS_JSONL QUESTIONS_JSONL RESULTS STAGE...
 # Stages: smoke (two minutes: every stage once, tiny), data, ablations (8.5 minutes a call; again to go on), scaling
 # (needs two GPUs). WORK keeps what a later call goes on from; results are JSON in the folder RESULTS.
-# SECONDS_OF_DATA, MINUTES, STEPS and PER_GPU change the sizes.
+# SECONDS_OF_DATA, MINUTES, STEPS, PER_GPU and BATCH_TOKENS change the sizes.
 set -euo pipefail
 model=$1 work=$2 prompts=$3 questions=$4 results=$5
 shift 5
@@ -26,7 +26,8 @@ for stage in "$@"; do
         ;;
     ablations)
         ablations --data "$work/data" --work "$work/ablations" --out "$results/ablations.json" \
-            --minutes "${MINUTES:-8.5}" --steps "${STEPS:-1200}" --per-gpu "${PER_GPU:-3}"
+            --minutes "${MINUTES:-8.5}" --steps "${STEPS:-1200}" --per-gpu "${PER_GPU:-3}" \
+            --set batch_tokens="${BATCH_TOKENS:-16384}"
         ;;
     scaling)
         python3 "$here/scaling.py" --model "$model" --data "$work/data" --work "$work/scaling" \
