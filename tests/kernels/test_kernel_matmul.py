@@ -61,12 +61,24 @@ def test_half_precision_rounds_where_torch_does(rows: int) -> None:
     assert (y == F.silu(gate) * up).float().mean() > 0.9
 
 
-def test_gru_step() -> None:
-    table, state, u, b = random(11, 120, seed=1), random(3, 40, seed=2), random(120, 40, seed=3), random(120, seed=4)
-    index, parent = torch.tensor([10, 0, 3, 3]), torch.tensor([2, 0, 0, 1])
-    old = state[parent]
+def gru(table: torch.Tensor, index: torch.Tensor, old: torch.Tensor, u: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     r_w, z_w, n_w = table[index].chunk(3, -1)
     r_u, z_u, n_u = F.linear(old, u, b).chunk(3, -1)
     z = torch.sigmoid(z_w + z_u)
-    expected = (1 - z) * torch.tanh(n_w + torch.sigmoid(r_w + r_u) * n_u) + z * old
+    return (1 - z) * torch.tanh(n_w + torch.sigmoid(r_w + r_u) * n_u) + z * old
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_gru_step(rows: int) -> None:
+    table, state, u, b = random(11, 120, seed=1), random(rows, 3, 40, seed=2), random(120, 40, seed=3), random(120)
+    index, parent = torch.tensor([[10, 0, 3, 3]] * rows), torch.tensor([[2, 0, 0, 1], [1, 2, 2, 0], [0, 0, 2, 1]])
+    parent, index = parent[:rows], (index + torch.arange(rows)[:, None]) % 11
+    expected = gru(table, index, state[torch.arange(rows)[:, None], parent], u, b)
     torch.testing.assert_close(gru_step(table, index, state, parent, u, b), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gru_step_of_the_same_beams() -> None:
+    table, state, u, b = random(11, 120, seed=1), random(3, 1, 40, seed=2), random(120, 40, seed=3), random(120, seed=4)
+    tokens = torch.tensor([[1, 2, 9], [1, 2, 0], [1, 2, 5]])[:, -1:]
+    expected = gru(table, tokens, state, u, b)
+    torch.testing.assert_close(gru_step(table, tokens, state, None, u, b), expected, rtol=1e-5, atol=1e-5)

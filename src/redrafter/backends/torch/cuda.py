@@ -49,7 +49,7 @@ class GraphBackend(TorchBackend):
             table = drafter.config.cell in ("gru", "rnn")
             self.drafter = bind(target, drafter, table=table, kind=KernelDrafter)
         self.run_ahead = True
-        self._runner = GraphRunner(self.whole_step, record or CudaRecorder(target.device))
+        self._runner = GraphRunner(self.whole_step, record or CudaRecorder(target.device), lambda: self.rows)
         self._pinned: dict[Any, list[Any]] = {}
         self._told: Any = None
 
@@ -162,16 +162,19 @@ class KernelDrafter(TorchDrafter):
 
     def extend(self, state: DraftState, beam_BW: Tensor, token_BW: Tensor) -> DraftState:
         rows, width = beam_BW.shape
-        before = state.state
         if not self._gru or rows * width > MAX_ROWS:
             return super().extend(state, beam_BW, token_BW)
-        first = torch.arange(rows, device=beam_BW.device)[:, None] * before.shape[1]
-        parent = beam_BW if rows == 1 else beam_BW + first
+        context = state.context
+        if self._project and context.shape[1] != width:  # copied once per step, not once per depth
+            context = context[:, :1].expand(rows, width, -1)
+            context = context if rows == 1 else context.contiguous()
+        return DraftState(context, self._read(token_BW, state.state, beam_BW), state.depth + 1)
+
+    def _read(self, token_BW: Tensor, state_BPS: Tensor, beam_BW: Tensor | None) -> Tensor:
+        """[B, W, S]: the cell's next states; without beams W = P and everyone continues itself."""
         u = self.drafter.gru_u
         assert self.table is not None
-        flat = before.reshape(-1, before.shape[-1])
-        new = gru_step(self.table, token_BW.reshape(-1), flat, parent.reshape(-1), u.weight, u.bias)
-        return DraftState(state.context, new.view(rows, width, -1), state.depth + 1)
+        return gru_step(self.table, token_BW, state_BPS, beam_BW, u.weight, u.bias)
 
     def logits(self, state: DraftState) -> Tensor:
         rows, width, size = state.state.shape

@@ -140,14 +140,16 @@ def _skinny(
 
 @triton.jit(do_not_specialize=["R"])
 def _gru(
-    gates, index, state, parent, u, bias, y, R, S: tl.constexpr,
-    BR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    gates, index, index_row, state, parent, u, bias, y, R, W: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
+    PARENT: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """New state of R beams: the input's part of the gates is row ``index`` of a table, the old state row ``parent``."""
+    """New state of R = B x W beams: the input's part of the gates is row ``index`` of a table, the old state that of
+    beam ``parent`` of the P that this one's row had, or of the same beam."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     r = tl.arange(0, BR)
     alive = r < R
-    source = tl.load(parent + r, mask=alive, other=0)
+    row = r // W
+    source = row * P + tl.load(parent + r, mask=alive, other=0) if PARENT else r
     dtype = state.dtype.element_ty
     reset = tl.zeros((BN, BR), tl.float32)
     keep = tl.zeros((BN, BR), tl.float32)
@@ -162,7 +164,8 @@ def _gru(
         new = tl.dot(tl.load(place + 2 * S * S, mask=mask, other=0.0), v, new, input_precision=PRECISION)
     live = (n < S)[:, None] & alive[None, :]
     column = n[:, None] + 0 * r[None, :]
-    table = gates + tl.load(index + r, mask=alive, other=0)[None, :] * (3 * S) + column
+    token = tl.load(index + row * index_row + r % W, mask=alive, other=0)
+    table = gates + token[None, :] * (3 * S) + column
     reset += tl.load(bias + column, mask=live, other=0.0).to(tl.float32)
     keep += tl.load(bias + S + column, mask=live, other=0.0).to(tl.float32)
     new += tl.load(bias + 2 * S + column, mask=live, other=0.0).to(tl.float32)
@@ -262,16 +265,21 @@ def few_rows(
 
 
 def gru_step(
-    gates_V3S: Tensor, index_R: Tensor, state_PS: Tensor, parent_R: Tensor, u_3SS: Tensor, bias_3S: Tensor
+    gates_V3S: Tensor, index_BW: Tensor, state_BPS: Tensor, parent_BW: Tensor | None, u_3SS: Tensor, bias_3S: Tensor
 ) -> Tensor:
-    """[R, S]: the next state of R beams: ``gates[index[r]]`` is W e of the token, ``state[parent[r]]`` the old one."""
-    R, S = index_R.shape[0], state_PS.shape[1]
-    assert state_PS.is_contiguous() and gates_V3S.is_contiguous() and R <= MAX_ROWS
-    y = torch.empty(R, S, dtype=state_PS.dtype, device=state_PS.device)
+    """[B, W, S]: the next state of every beam: ``gates[index]`` is W e of its token, ``state[b, parent]`` the old one.
+    Without ``parent`` beam w continues beam w. Rows of ``index`` may lie any distance apart."""
+    rows, width = index_BW.shape
+    R, (_, before, S) = rows * width, state_BPS.shape
+    assert state_BPS.is_contiguous() and gates_V3S.is_contiguous() and R <= MAX_ROWS
+    assert width == before if parent_BW is None else parent_BW.is_contiguous()
+    assert index_BW.stride(1) == 1 or width == 1
+    y = torch.empty(rows, width, S, dtype=state_BPS.dtype, device=state_BPS.device)
     BR = max(16, triton.next_power_of_2(R))
     precision = "ieee" if y.dtype == torch.float32 else "tf32"
+    parent = index_BW if parent_BW is None else parent_BW
     _gru[(triton.cdiv(S, 16),)](
-        gates_V3S, index_R, state_PS, parent_R, u_3SS, bias_3S, y, R, S, BR, 16, 64, precision,
-        num_warps=4, num_stages=4,
+        gates_V3S, index_BW, index_BW.stride(0), state_BPS, parent, u_3SS, bias_3S, y, R, width, before, S,
+        parent_BW is not None, BR, 16, 64, precision, num_warps=4, num_stages=4,
     )  # fmt: skip
     return y
