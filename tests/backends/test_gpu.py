@@ -71,7 +71,7 @@ def test_out_of_memory_names_what_did_not_fit_wherever_it_comes(monkeypatch) -> 
     full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
     backend = TorchBackend(make_target(make_model("llama")), None, 64, [])
     backend.reserve(1, 16)
-    runner = GraphRunner(raising(full), lambda run: (run, None))
+    runner = GraphRunner(raising(full), lambda run: (run, None), lambda: 1)
     state = first_state(backend, PLAIN, backend.no_features(), root=1, length=3)
     with pytest.raises(OutOfMemory, match="does not hold a graph of a step of 1 rows and 1 nodes: lower --max-context"):
         runner(state, PLAIN)

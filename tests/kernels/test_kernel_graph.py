@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial, reduce
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from redrafter.backends.torch.cuda import GraphBackend
 from redrafter.backends.torch.drafter import Drafter
 from redrafter.backends.torch.graph import copy_into
 from redrafter.backends.torch.load import TorchBackend, make_target
+from redrafter.batch import first_state, join
 from redrafter.engine import Engine
 from redrafter.params import PLAIN, DecodeConfig
 from tests.tiny import VOCAB, drafter_config, make_model
@@ -56,7 +58,7 @@ def rerun(function: Any) -> Any:
     return (lambda: copy_into(results, function())), results
 
 
-def make(kind: str, attention: str = EXACT, **config: Any) -> TorchBackend:
+def make(kind: str, attention: str = EXACT, rows: int = 3, **config: Any) -> TorchBackend:
     torch.manual_seed(0)
     drafter = Drafter(drafter_config(**config))
     if drafter.config.draft_vocabulary:
@@ -65,7 +67,7 @@ def make(kind: str, attention: str = EXACT, **config: Any) -> TorchBackend:
     if kind == "plain":
         return TorchBackend(target, drafter, 200, {2}, table=drafter.config.cell == "gru")
     backend = GraphBackend(target, drafter, 200, {2}, record=rerun)
-    backend.reserve(3, 264)
+    backend.reserve(rows, 264)
     return backend
 
 
@@ -96,6 +98,27 @@ def test_random_traffic_is_answered_as_by_the_plain_backend(config: dict[str, An
     # What was drafted, too: a wrong draft would not show in the answers.
     assert [answer.counts for answer in recorded] == [answer.counts for answer in plain]
     assert sum(sum(answer.counts["accepted_at_depth"]) for answer in plain) >= 2
+
+
+def test_a_graph_of_four_rows_serves_three() -> None:
+    """The fourth is idle, and the prompt that is being read into its row stays whole."""
+    config = {"cell": "gru", "exit_dim": 24, "num_blocks": 1, "draft_vocabulary": 64}
+    small = DecodeConfig(beam_width=2, branching=2, draft_length=1, tree_size=3)
+    outcomes = []
+    for backend in (make("plain", **config), make("graph", KERNEL, rows=4, **config)):
+        backend.reserve(4, 264)
+        texts = [[5, 17, 33, 8], [41, 12, 60], [9, 4], [50, 51, 52, 53, 54]]
+        features = [backend.prefill(row, text) for row, text in enumerate(texts)]
+        states = [first_state(backend, small, features[i], root=20 + i, length=len(texts[i])) for i in range(3)]
+        state = reduce(partial(join, backend.ops), states)
+        before = backend.target.cache.keys[:, 3, :, :5].clone()
+        for _ in range(2):
+            state, accepted, tree = backend.step(state, small)
+            outcomes.append((backend.read(backend.fetch(accepted, tree)), state.lengths.tolist()))
+        assert torch.equal(backend.target.cache.keys[:, 3, :, :5], before) and before.abs().sum() > 0
+    assert outcomes[:2] == outcomes[2:]
+    assert isinstance(backend, GraphBackend) and backend.graphs == 1
+    assert list(backend._runner._graphs.popitem()[1]) == [4]
 
 
 def test_a_graph_serves_every_step_of_its_kind() -> None:

@@ -51,6 +51,11 @@ class BaseBackend:
         return {}
 
     @property
+    def graphs(self) -> int | None:
+        """None: steps are not recorded."""
+        return None
+
+    @property
     def rows(self) -> int:
         return self.target.cache.rows
 

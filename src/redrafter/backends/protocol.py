@@ -70,6 +70,11 @@ class Backend(Protocol):
         """Cache row -> what an ended request left in it. Rows that are not named hold nothing of use."""
 
     @property
+    def graphs(self) -> int | None:
+        """Steps recorded so far, one per (shape, about so many rows, settings in use), each of which took a good part
+        of a second; None where steps are not recorded."""
+
+    @property
     def rows(self) -> int:
         """Cache rows allocated."""
 

@@ -1,9 +1,9 @@
 """A whole decoding step as one CUDA graph: no launch from Python, no wait for the device.
 
-A graph is recorded when a (shape, rows, settings in use) first occurs, and replayed from then on, also for a few rows
-less: the rest are idle then (``IDLE``). It reads its state from buffers of its own and writes the next state into the
-same buffers, so that steps follow each other without a copy; a state that comes from elsewhere (a request joined or
-left) is copied in. Its slow twin is the step it was recorded of.
+A graph is recorded when a (shape, rows, settings in use) first occurs, for one of a few sizes (``size_for``), and
+replayed from then on, also for a few rows less: the rest are idle then (``IDLE``). It reads its state from buffers of
+its own and writes the next state into the same buffers, so that steps follow each other without a copy; a state that
+comes from elsewhere (a request joined or left) is copied in. Its slow twin is the step it was recorded of.
 """
 
 from __future__ import annotations
@@ -69,6 +69,33 @@ IDLE = -2
 whose text is one token has length 0, and its reading begins at -1.)"""
 
 
+def size_for(rows: int, most: int) -> int:
+    """The rows that a graph is recorded for: the next of 1, 2, 4, 6, 8, 12, 16, 24, 32, .. and at most ``most``."""
+    power = 1 << (rows - 1).bit_length()
+    between = 3 * power // 4
+    return min(between if power > 4 and rows <= between else power, max(rows, most))
+
+
+def serves(size: int, rows: int) -> bool:
+    """Idle rows cost less than recording again each time that a request leaves, while they are a few."""
+    return size == rows or rows < size < 1.5 * rows
+
+
+def idle_from(state: DecodeState, rows: int) -> None:
+    """No request runs in the rows from this one on."""
+    state.lengths[rows:] = IDLE
+    if state.reading is not None:
+        state.reading.first[rows:] = IDLE
+
+
+def padded(state: DecodeState, size: int) -> DecodeState:
+    """A copy with so many rows; those that are new are idle, and else like the first."""
+    rows = state.root.shape[0]
+    state = mapped(lambda x: torch.cat([x, x[:1].expand(size - rows, *x.shape[1:])]), state)
+    idle_from(state, rows)
+    return state
+
+
 class View(NamedTuple):
     """The first rows of a graph: the same tensor objects at every step, so that nothing is copied needlessly."""
 
@@ -82,14 +109,13 @@ class View(NamedTuple):
 
 
 class Recorded:
-    """A graph, its buffers and its results."""
+    """A graph, its buffers and its results. ``real_B``: the first ``rows`` of its rows, the others are idle now."""
 
-    def __init__(self, replay: Callable[[], None], whole: View, real_B: Tensor) -> None:
+    def __init__(self, replay: Callable[[], None], whole: View, real_B: Tensor, rows: int) -> None:
         self.replay, self.real_B = replay, real_B
-        self.rows = len(real_B)
         self._whole = whole
-        self._views: dict[int, View] = {self.rows: whole}
-        self._now = self.rows
+        self._views: dict[int, View] = {len(real_B): whole}
+        self._now = rows
 
     def first(self, rows: int) -> View:
         if rows not in self._views:
@@ -104,15 +130,15 @@ class Recorded:
             self._now = rows
             self.real_B[:rows] = True
             self.real_B[rows:] = False
-            self._whole.state.lengths[rows:] = IDLE
-            if self._whole.state.reading is not None:
-                self._whole.state.reading.first[rows:] = IDLE
+            idle_from(self._whole.state, rows)
         return view
 
 
 class GraphRunner:
-    def __init__(self, step: Step, record: Record) -> None:
-        self._step, self._record = step, record
+    """``most``: the rows that the caches have now."""
+
+    def __init__(self, step: Step, record: Record, most: Callable[[], int]) -> None:
+        self._step, self._record, self._most = step, record, most
         self._graphs: dict[Any, dict[int, Recorded]] = {}
 
     def __len__(self) -> int:
@@ -128,21 +154,21 @@ class GraphRunner:
             state = without_reading(state)
         rows = state.root.shape[0]
         known = self._graphs.setdefault((config, signature(state)), {})
-        # A third more rows than are needed cost less than recording again each time that one leaves.
-        fits = min((r for r in known if rows <= r <= rows + (rows + 2) // 3), default=None)
-        if fits is None:
-            with room_for(f"a graph of a step of {rows} rows and {config.tree_size} nodes"):
-                known[rows] = self._recorded(mapped(torch.clone, state), config)
-        graph = known[rows if fits is None else fits]
+        size = min((size for size in known if serves(size, rows)), default=None)
+        if size is None:
+            size = size_for(rows, self._most())
+            with room_for(f"a graph of a step of {size} rows and {config.tree_size} nodes"):
+                known[size] = self._recorded(padded(state, size), config, rows)
+        graph = known[size]
         view = graph.load(state)
         graph.replay()
         return view
 
-    def _recorded(self, buffers: DecodeState, config: DecodeConfig) -> Recorded:
+    def _recorded(self, buffers: DecodeState, config: DecodeConfig, rows: int) -> Recorded:
         # Once outside of the recording: libraries set themselves up, kernels compile. It writes to cache slots that
         # the replay writes again, and to nothing else.
         self._step(buffers, config)
-        real_B = torch.ones_like(buffers.root, dtype=torch.bool)
+        real_B = torch.arange(len(buffers.root), device=buffers.root.device) < rows
 
         def run() -> tuple[Any, ...]:
             after, accepted, tree, told = self._step(buffers, config)
@@ -154,7 +180,7 @@ class GraphRunner:
 
         replay, (reading, accepted, tree, told) = self._record(run)
         after = buffers if config.speculative else buffers._replace(reading=reading)
-        return Recorded(replay, View(buffers, after, accepted, tree, told), real_B)
+        return Recorded(replay, View(buffers, after, accepted, tree, told), real_B, rows)
 
 
 class CudaRecorder:
