@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from redrafter.backends.torch.graph import IDLE, CudaRecorder, GraphRunner, leav
 from redrafter.backends.torch.kernels import step as kernels
 from redrafter.backends.torch.kernels.matmul import MAX_ROWS, few_rows, gru_step
 from redrafter.backends.torch.kernels.outcome import pack_outcome
+from redrafter.backends.torch.kernels.trunk import LastContext
 from redrafter.backends.torch.kernels.window import MAX_PAIRS, window_attention
 from redrafter.backends.torch.load import TorchBackend, bind
 from redrafter.backends.torch.target import TorchTarget
@@ -47,7 +49,8 @@ class GraphBackend(TorchBackend):
         super().__init__(target, None, context_limit, eos_ids)
         if drafter is not None:
             table = drafter.config.cell in ("gru", "rnn")
-            self.drafter = bind(target, drafter, table=table, kind=KernelDrafter)
+            kind = partial(KernelDrafter, embedding=target.model.get_input_embeddings().weight)
+            self.drafter = bind(target, drafter, table=table, kind=kind)
         self.run_ahead = True
         self._runner = GraphRunner(self.whole_step, record or CudaRecorder(target.device), lambda: self.rows)
         self._pinned: dict[Any, list[Any]] = {}
@@ -114,9 +117,10 @@ def _pinned(value: Any) -> Any:
 
 
 class KernelDrafter(TorchDrafter):
-    """TorchDrafter with two or three launches per drafted token instead of a dozen.
+    """TorchDrafter with a few launches per drafted token instead of a dozen, and ten per step instead of fifty.
 
     The head's input is W_c c + W_s s + b before the residual blocks; the context's part is computed once per step.
+    ``embedding`` [V, D]: what ``embed`` looks up in; without it the context is computed as TorchDrafter does.
     """
 
     def __init__(
@@ -126,6 +130,7 @@ class KernelDrafter(TorchDrafter):
         head: Callable[[Tensor], Tensor],
         vocabulary: int = 0,
         table: Tensor | None = None,
+        embedding: Tensor | None = None,
     ) -> None:
         super().__init__(drafter, embed, head, vocabulary, table)
         config = drafter.config
@@ -134,6 +139,14 @@ class KernelDrafter(TorchDrafter):
         if self._project:
             parts = drafter.input_proj.weight.split([config.width, config.state_size], 1)
             self._of_context, self._of_state = (part.contiguous() for part in parts)
+        self._last_context: LastContext | None = None
+        if embedding is not None and LastContext.exists(drafter):
+            self._last_context = LastContext(drafter, embedding)
+
+    def allocate(self, rows: int, capacity: int) -> None:
+        super().allocate(rows, capacity)
+        if self._last_context is not None:
+            self._last_context.allocate(self._keys[0].shape[2])
 
     def _first(self, reading: Reading) -> Tensor:
         """An idle row writes behind all texts."""
@@ -149,16 +162,27 @@ class KernelDrafter(TorchDrafter):
         window = self.drafter.config.trunk_window
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return window_attention(q, k, v, self._keys[layer][rows], self._values[layer][rows], first_B, window)
+            cached = self._keys[layer][rows], self._values[layer][rows]
+            return window_attention((q, k, v), cached, first_B, window)
 
         return attend
 
     def begin(self, reading: Reading) -> DraftState:
-        state = super().begin(reading)
+        rows = reading.tokens.shape[0]
+        if self._last_context is None or not self._last_context.covers(reading):
+            state = super().begin(reading)
+        else:
+            context = self._last_context(reading, self._keys[0], self._values[0])[:, None]
+            zeroth, root_B1 = self.drafter.zeroth_state(context), reading.tokens[:, -1:]
+            new = self._next_state(root_B1, zeroth, None) if self._gru else self._next(zeroth, root_B1, 0)
+            state = DraftState(context, new, 0)
         if not self._project:
             return state
-        part = torch.nn.functional.linear(state.context, self._of_context, self.drafter.input_proj.bias)
-        return state._replace(context=part)
+        bias = self.drafter.input_proj.bias
+        if rows > MAX_ROWS:
+            return state._replace(context=torch.nn.functional.linear(state.context, self._of_context, bias))
+        part = few_rows(state.context.reshape(rows, -1), self._of_context, bias)
+        return state._replace(context=part[:, None])
 
     def extend(self, state: DraftState, beam_BW: Tensor, token_BW: Tensor) -> DraftState:
         rows, width = beam_BW.shape
@@ -168,9 +192,9 @@ class KernelDrafter(TorchDrafter):
         if self._project and context.shape[1] != width:  # copied once per step, not once per depth
             context = context[:, :1].expand(rows, width, -1)
             context = context if rows == 1 else context.contiguous()
-        return DraftState(context, self._read(token_BW, state.state, beam_BW), state.depth + 1)
+        return DraftState(context, self._next_state(token_BW, state.state, beam_BW), state.depth + 1)
 
-    def _read(self, token_BW: Tensor, state_BPS: Tensor, beam_BW: Tensor | None) -> Tensor:
+    def _next_state(self, token_BW: Tensor, state_BPS: Tensor, beam_BW: Tensor | None) -> Tensor:
         """[B, W, S]: the cell's next states; without beams W = P and everyone continues itself."""
         u = self.drafter.gru_u
         assert self.table is not None

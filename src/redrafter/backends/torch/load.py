@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +154,7 @@ def bind(
     drafter: Drafter,
     vocabulary: int = 0,
     table: bool = False,
-    kind: type[TorchDrafter] = TorchDrafter,
+    kind: Callable[..., TorchDrafter] = TorchDrafter,
 ) -> TorchDrafter:
     """A drafter at work on this target: cast, packed, with the target's own embedding and, if tied, its head.
 
