@@ -243,6 +243,27 @@ def test_buckets_are_powers_of_two(rows: int, bucket: int) -> None:
     assert bucket_of(rows) == bucket
 
 
+def test_what_was_timed_for_more_rows_is_believed_from_the_first_step_on() -> None:
+    """One row says that a large tree is nearly free; eight were timed and say otherwise."""
+    one = [Timed(PLAIN, 1.0, 1.0), Timed(SMALL, 2.0, 1.1), Timed(LARGE, 3.0, 1.2)]
+    eight = [Timed(PLAIN, 1.0, 1.0, 8), Timed(SMALL, 2.0, 1.5, 8), Timed(LARGE, 3.0, 9.0, 8)]
+    guessing, knowing = Adaptive(one), Adaptive([*one, *eight])
+    assert guessing.choose(8) == knowing.choose(1) == LARGE
+    assert knowing.choose(8) == knowing.choose(5) == SMALL
+    seconds = {(line.config, line.observed): line.step_seconds for line in knowing.forecast(7)}
+    assert seconds == {(t.config, 1): t.step_seconds for t in eight}
+    knowing.observe(SMALL, [1] * 8, 30.0)  # other settings may have been recorded
+    assert seconds == {(line.config, line.observed): line.step_seconds for line in knowing.forecast(8)}
+
+
+def test_what_was_not_timed_is_guessed_from_what_was() -> None:
+    one = [Timed(PLAIN, 1.0, 1.0), Timed(SMALL, 2.0, 1.1), Timed(LARGE, 3.0, 1.2)]
+    policy = Adaptive([*one, Timed(PLAIN, 1.0, 1.0, 8), Timed(SMALL, 2.0, 4.0, 8)])
+    lines = {line.config: line for line in policy.forecast(8)}
+    assert lines[SMALL].step_seconds == 4.0 and lines[LARGE].observed == 0
+    assert lines[LARGE].step_seconds > 4.0, "eight large trees take longer than eight small ones"
+
+
 def test_plain_alone_is_plain() -> None:
     policy = Adaptive([Timed(PLAIN, 1.0, 0.5)])
     assert {policy.choose(n % 4 + 1) for n in range(500)} == {PLAIN}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections import Counter
 from collections.abc import Sequence
+from importlib.resources import files
 from typing import Any
 
 import pytest
@@ -13,7 +16,7 @@ from redrafter.backends.torch.load import TorchBackend
 from redrafter.engine import Engine
 from redrafter.load import known_shapes
 from redrafter.params import PLAIN, DecodeConfig, SamplingParams
-from redrafter.policy import Adaptive, Candidate, Fixed, Timed
+from redrafter.policy import Adaptive, Candidate, Fixed, Timed, bucket_of
 from redrafter.shape import time_shapes
 from tests.tiny import make_backend, run_all
 
@@ -27,10 +30,15 @@ def backend() -> TorchBackend:
     return make_backend()
 
 
+def shipped_shapes() -> list[Candidate]:
+    folder = files("redrafter") / "assets" / "smollm2-135m-instruct"
+    return known_shapes(json.loads((folder / "config.json").read_text())["metadata"])
+
+
 def with_times(monkeypatch: pytest.MonkeyPatch, seconds: dict[int, list[float]]) -> None:
     """Step times by tree size, one per round."""
     rounds = {size: iter(times) for size, times in seconds.items()}
-    monkeypatch.setattr(shape, "_one_step", lambda backend, config, length: next(rounds[config.tree_size]))
+    monkeypatch.setattr(shape, "_one_step", lambda backend, config, length, rows: next(rounds[config.tree_size]))
 
 
 def test_the_median_counts_and_the_first_round_warms_up(backend: TorchBackend, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,6 +60,77 @@ def test_tokens_per_second_decide(plain: float, small: float, large: float, best
 def test_real_steps_are_timed(backend: TorchBackend) -> None:
     timed = time_shapes(backend, [Candidate(SMALL, 2.0), Candidate(LARGE, 3.0)], repeats=1)
     assert len(timed) == 3 and all(t.step_seconds > 0 for t in timed)
+
+
+class Recording(TorchBackend):
+    """As if its steps were recorded."""
+
+    graphs = 0  # type: ignore[assignment]
+
+
+@pytest.fixture
+def recording(backend: TorchBackend, monkeypatch: pytest.MonkeyPatch) -> TorchBackend:
+    monkeypatch.setattr(backend, "__class__", Recording)
+    return backend
+
+
+@pytest.mark.parametrize(
+    ("most", "rows"),
+    [(1, [1]), (2, [1, 2]), (3, [1, 3]), (4, [1, 4]), (5, [1, 4, 5]), (8, [1, 4, 8]), (32, [1, 4, 8, 16, 32])],
+)
+def test_recorded_steps_are_timed_for_more_rows(
+    recording: TorchBackend, monkeypatch: pytest.MonkeyPatch, most: int, rows: list[int]
+) -> None:
+    seen: Counter[tuple[int, DecodeConfig]] = Counter()
+
+    def one_step(backend: Any, config: DecodeConfig, length: int, rows: int) -> float:
+        seen[rows, config] += 1
+        return 1.0 + 0.01 * max(0, rows * config.tree_size - 64)
+
+    monkeypatch.setattr(shape, "_one_step", one_step)
+    monkeypatch.setattr(recording, "reserve", lambda *_: None)
+    shapes = shipped_shapes()
+    timed = time_shapes(recording, shapes, most)
+    everything = {PLAIN, *(c.config for c in shapes)}
+    assert sorted({t.rows for t in timed}) == rows and len(everything) == 10
+    for count in rows:
+        chosen = {t.config for t in timed if t.rows == count}
+        assert PLAIN in chosen and len(chosen) == (10 if count == 1 else 1 + shape.PROMISING)
+    assert seen == {(t.rows, t.config): 4 for t in timed}
+    largest = max(everything, key=lambda c: c.tree_size)
+    assert largest not in {t.config for t in timed if t.rows == 32}, "it does not pay for so many rows"
+    policy = Adaptive(timed)
+    lines = [line for line in policy.table() if line.observed]
+    assert {(line.rows, line.config, line.step_seconds) for line in lines} == {
+        (bucket_of(t.rows), t.config, t.step_seconds) for t in timed
+    }
+
+
+def test_a_start_records_26_graphs_for_32_rows(recording: TorchBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shape, "_one_step", lambda *_: 1.0)
+    monkeypatch.setattr(recording, "reserve", lambda *_: None)
+    assert len(time_shapes(recording, shipped_shapes(), 32)) == 26
+
+
+def test_without_recording_one_row_is_enough(backend: TorchBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shape, "_one_step", lambda *_: 1.0)
+    assert {t.rows for t in time_shapes(backend, [Candidate(SMALL, 2.0)], 32)} == {1}
+
+
+def test_real_steps_of_more_rows_are_timed(recording: TorchBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    step = recording.step
+
+    def watched(state: Any, config: DecodeConfig) -> Any:
+        seen.append((state.root.tolist(), state.lengths.tolist(), config))
+        return step(state, config)
+
+    monkeypatch.setattr(recording, "step", watched)
+    timed = time_shapes(recording, [Candidate(SMALL, 2.0)], 4, repeats=1)
+    assert [(t.config, t.rows) for t in timed] == [(PLAIN, 1), (SMALL, 1), (PLAIN, 4), (SMALL, 4)]
+    assert all(t.step_seconds > 0 for t in timed)
+    assert ([1] * 4, [shape.PROBE_TOKENS] * 4, SMALL) in seen
+    assert {len(roots) for roots, *_ in seen} == {1, 4} and len(seen) == 2 * 2 * 4
 
 
 def test_an_engine_that_adapts_gives_the_ids_of_plain_decoding(backend: TorchBackend) -> None:

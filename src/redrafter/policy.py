@@ -81,9 +81,11 @@ class Timed(NamedTuple):
     config: DecodeConfig
     tokens_per_step: float
     step_seconds: float
+    rows: int = 1
 
     @property
     def tokens_per_second(self) -> float:
+        """Per request."""
         return self.tokens_per_step / self.step_seconds
 
 
@@ -108,15 +110,18 @@ class Adaptive:
     """The shape with the most expected tokens per second, learnt step by step: plain decoding competes, so that a
     drafter that does not pay is not used, and a small share of steps tries what may have become better.
 
-    ``timed``: every shape and ``PLAIN`` as measured for one request (``shape.py``). It reads no clock and draws no
-    random numbers: its choices follow from what it observes.
+    ``timed``: every shape and ``PLAIN`` as measured for one request (``shape.py``), and some of them for more. It reads
+    no clock and draws no random numbers: its choices follow from what it observes.
     """
 
     def __init__(self, timed: Sequence[Timed]) -> None:
-        ranked = sorted(timed, key=lambda t: -t.tokens_per_second)
+        ranked = sorted((t for t in timed if t.rows == 1), key=lambda t: -t.tokens_per_second)
         self.shapes = tuple(t.config for t in ranked)
         self._plain = self.shapes.index(PLAIN)
         self._costs = _Costs(self.shapes, [t.step_seconds for t in ranked])
+        for t in timed:
+            if t.rows > 1:
+                self._costs.start(t.rows, self.shapes.index(t.config), t.step_seconds)
         self._yields = _Yields(self.shapes, [t.tokens_per_step for t in ranked])
         self._current: dict[int, int] = {}
         self._steps = 0
@@ -181,14 +186,17 @@ class Adaptive:
             self._costs.observe(len(accepted), index, seconds)
 
     def table(self) -> list[Forecast]:
-        """What is believed now, for every number of rows met so far."""
-        found = []
-        for bucket in self._costs.buckets:
-            seconds, current = self._costs.of(bucket), self._current.get(bucket)
-            for i, (config, tokens) in enumerate(zip(self.shapes, self._yields.tokens, strict=True)):
-                count = self._costs.observed(bucket, i)
-                found.append(Forecast(bucket, config, seconds[i], tokens, count, i == current))
-        return found
+        """What is believed now, for every number of rows timed or met so far."""
+        return [line for bucket in self._costs.buckets for line in self.forecast(bucket)]
+
+    def forecast(self, rows: int) -> list[Forecast]:
+        """The table's lines for so many rows."""
+        bucket = bucket_of(rows)
+        seconds, current = self._costs.of(bucket), self._current.get(bucket)
+        return [
+            Forecast(bucket, config, seconds[i], tokens, self._costs.observed(bucket, i), i == current)
+            for i, (config, tokens) in enumerate(zip(self.shapes, self._yields.tokens, strict=True))
+        ]
 
 
 def bucket_of(rows: int) -> int:
@@ -197,7 +205,7 @@ def bucket_of(rows: int) -> int:
 
 
 class _Costs:
-    """Seconds of a step by (bucket, shape): measured for one row, elsewhere first guessed, then learnt."""
+    """Seconds of a step by (bucket, shape): measured for one row, elsewhere measured or guessed first, then learnt."""
 
     def __init__(self, shapes: Sequence[DecodeConfig], seconds: Sequence[float]) -> None:
         self._nodes = [shape.tree_size for shape in shapes]
@@ -212,6 +220,13 @@ class _Costs:
     @property
     def buckets(self) -> list[int]:
         return sorted(self._seconds)
+
+    def start(self, rows: int, index: int, seconds: float) -> None:
+        """What the shape's step took at start-up. What it takes while requests run is yet to be seen."""
+        bucket = bucket_of(rows)
+        self.of(bucket)[index] = seconds
+        self._observed[bucket][index] = START_WEIGHT
+        self._guess(bucket)
 
     def of(self, bucket: int) -> list[float]:
         if bucket not in self._seconds:

@@ -1,7 +1,9 @@
-"""What a step of each beam shape costs on this machine, measured once at start-up for one request.
+"""What a step of each beam shape costs on this machine, measured once at start-up.
 
 How many tokens a step yields depends on the texts and was measured when the drafter was trained; their ratio ranks the
-shapes, and plain decoding with them. From there on the policy learns (``policy.Adaptive``).
+shapes, and plain decoding with them. From there on the policy learns (``policy.Adaptive``). One request is enough for
+that, except where a step is recorded before it can be replayed: a recording takes as long as a hundred steps, and what
+is needed first is recorded here, before anybody waits for it.
 """
 
 from __future__ import annotations
@@ -10,33 +12,59 @@ import statistics
 import time
 from collections.abc import Sequence
 
+from redrafter.batch import take_rows
 from redrafter.engine import Backend, first_state
 from redrafter.params import PLAIN, DecodeConfig
-from redrafter.policy import Candidate, Timed
+from redrafter.policy import Adaptive, Candidate, Timed
 
 PROBE_TOKENS = 192
 """Cached tokens while timing: a question and half an answer."""
+FEWEST = 4
+"""The first number of rows beyond one that is timed."""
+PROMISING = 3
+"""Shapes timed beside plain decoding for more than one row: the best after what is known from fewer rows."""
 
 
-def time_shapes(backend: Backend, candidates: Sequence[Candidate], repeats: int = 3) -> list[Timed]:
-    """Plain decoding and every candidate with their measured step time.
-
-    Interleaved, so that a machine that slows down slows all of them; the median of ``repeats`` steps counts.
-    """
-    all_candidates = [Candidate(PLAIN, 1.0), *candidates]
-    largest = max(c.config.tree_size + c.config.draft_length for c in all_candidates)
+def time_shapes(backend: Backend, candidates: Sequence[Candidate], max_batch: int = 1, repeats: int = 3) -> list[Timed]:
+    """Plain decoding and every candidate with their measured step time; where steps are recorded, the most promising
+    of them for more rows too, up to ``max_batch``."""
+    everything = [Candidate(PLAIN, 1.0), *candidates]
+    largest = max(c.config.tree_size + 2 * (c.config.draft_length + 1) for c in everything)
     tokens = min(PROBE_TOKENS, backend.context_limit - 1)
-    backend.reserve(1, tokens + largest + 1)
-    seconds: list[list[float]] = [[] for _ in all_candidates]
-    for _ in range(repeats + 1):  # the first round warms up
-        for times, candidate in zip(seconds, all_candidates, strict=True):
-            times.append(_one_step(backend, candidate.config, tokens))
-    return [Timed(*c, statistics.median(t[1:])) for c, t in zip(all_candidates, seconds, strict=True)]
+    rows_to_time = _rows_to_time(max_batch if backend.graphs is not None else 1)
+    backend.reserve(rows_to_time[-1], tokens + largest)
+    timed = _time(backend, everything, tokens, 1, repeats)
+    for rows in rows_to_time[1:]:
+        lines = sorted(Adaptive(timed).forecast(rows), key=lambda line: -line.tokens_per_second)
+        best = [line.config for line in lines if line.config.speculative][:PROMISING]
+        chosen = [c for c in everything if c.config in (PLAIN, *best)]
+        timed += _time(backend, chosen, tokens, rows, repeats)
+    return timed
 
 
-def _one_step(backend: Backend, config: DecodeConfig, length: int) -> float:
-    """Seconds of one greedy step behind ``length`` cached tokens; what they are does not matter to the time."""
+def _rows_to_time(most: int) -> list[int]:
+    """1, 4, 8, 16, .. and ``most`` itself: what a policy tells apart (``policy.bucket_of``), but for two rows."""
+    powers = [FEWEST << k for k in range(most.bit_length()) if FEWEST << k < most]
+    return [1, *powers, *([most] if most > 1 else [])]
+
+
+def _time(backend: Backend, shapes: Sequence[Candidate], tokens: int, rows: int, repeats: int) -> list[Timed]:
+    """Interleaved, so that a machine that slows down slows all of them; the median of ``repeats`` steps counts."""
+    seconds: list[list[float]] = [[] for _ in shapes]
+    for _ in range(repeats + 1):  # the first round warms up, compiles, records
+        for times, shape in zip(seconds, shapes, strict=True):
+            times.append(_one_step(backend, shape.config, tokens, rows))
+    return [Timed(*c, statistics.median(t[1:]), rows) for c, t in zip(shapes, seconds, strict=True)]
+
+
+def _one_step(backend: Backend, config: DecodeConfig, length: int, rows: int) -> float:
+    """Seconds of one greedy step of ``rows`` requests of ``length`` cached tokens; what they are does not matter to the
+    time."""
     state = first_state(backend, config, backend.prefill(0, []), root=1, length=length)
+    if rows > 1:
+        state = take_rows(state, backend.array([0] * rows))
+    if backend.graphs is not None:  # a graph's own state, as it is while requests run
+        state = backend.step(state, config)[0]
     backend.synchronize()
     started = time.perf_counter()
     _, accepted, tree = backend.step(state, config)

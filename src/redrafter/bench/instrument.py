@@ -67,7 +67,7 @@ def open_instrument(
     backend.reserve(max_batch, max_context + 2 * MAX_TREE)
     if config is None:
         candidates = known_shapes(read_config(drafter).get("metadata") or {})
-        engine = Engine(backend, Adaptive(time_shapes(backend, candidates)), max_batch)
+        engine = Engine(backend, Adaptive(time_shapes(backend, candidates, max_batch)), max_batch)
     else:
         engine = Engine(backend, config, max_batch)
     return LLM(engine, Tokenizer.load(files.path), model=f"{files.name} widened to {shape}", drafter=drafter.name)
