@@ -39,7 +39,9 @@ class Campaign:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.files = resolve(str(args.model))
-        self.drafter = resolve_drafter(args.drafter, self.files)
+        drafter = resolve_drafter(args.drafter, self.files)
+        assert drafter is not None, f"{args.model} has no drafter: name one with --drafter"
+        self.drafter = drafter
         self.device = torch.device(args.device)
         self.worst: dict[str, float] = {}
 
@@ -81,21 +83,23 @@ class Campaign:
         return self.fresh(llm), time.perf_counter() - started
 
     def bench(self, stage: str, name: str, llm: LLM, start: float, **plan: Any) -> None:
-        """One result; ``limit`` prompts, spread over the MT-bench questions."""
+        """One result; ``limit`` prompts (0: all), spread over those of the category."""
         args = self.args
         found = load_prompts(args.questions)
-        limit, batch, repeat = plan.pop("limit"), plan.pop("batch", 1), plan.pop("repeat", 1)
-        prompts = select(found, args.category, limit, True)
+        limit, batch = plan.pop("limit"), plan.pop("batch", 1)
+        prompts = select(found, plan.pop("category", args.category), limit or None, True)
         params = SamplingParams(max_new_tokens=args.max_new_tokens, **plan)
         job = Job(
             found=found,
             prompts=prompts,
-            plan=Plan(params=params, batch=batch, repeat=repeat),
+            plan=Plan(params=params, batch=batch),
             weights=models(self.files, self.drafter),
             start_seconds=start,
-            command=command_line(["bench", *sys.argv[1:], "--name", name]).replace("redrafter bench", "speed.py", 1),
+            command=self.command("--name", name),
         )
         result = run(llm, job, args.out / f"{args.prefix}{stage}-{name}.json", lambda _: None)
+        if result["partial"]:
+            raise KeyboardInterrupt
         s = result["summary"]
         print(
             f"{stage:<6}{name:<22} x{s['speedup']:.3f} ({s['speedup_q1']:.2f}..{s['speedup_q3']:.2f}) plain "
@@ -105,18 +109,30 @@ class Campaign:
         )
         if "adaptive" in name:
             self.worst[f"{stage}-{name}"] = s["speedup"]
+            self.write_worst()
+
+    def write_worst(self) -> None:
+        """Of what is finished, so that an interruption loses nothing."""
+        metrics = {"worst_speedup": (min(self.worst.values()), "x")}
+        details = {"speedups": self.worst}
+        write_json(
+            self.args.out / f"{self.args.prefix}worst.json", measured(metrics, self.device, self.command(), details)
+        )
+
+    @staticmethod
+    def command(*more: str) -> str:
+        return command_line(["bench", *sys.argv[1:], *more]).replace("redrafter bench", "speed.py", 1)
 
     def roofline(self, stage: str, llm: LLM, start: float) -> None:
         backend: Any = llm.engine.backend
         found = roofline(backend, SHAPE, 10 if self.device.type == "cuda" else 1)
         phases = found.pop("phases")
         metrics = {name: (value, UNITS[name]) for name, value in found.items()} | {"start_seconds": (start, "s")}
-        command = command_line(["bench", *sys.argv[1:]]).replace("redrafter bench", "speed.py", 1)
         table = llm.engine.policy.table()
         details = {"phases_ms": phases, "stage": stage, "cost_table": [_plain(row) for row in table]}
         write_json(
             self.args.out / f"{self.args.prefix}{stage}-roofline.json",
-            measured(metrics, backend.device, command, details),
+            measured(metrics, backend.device, self.command(), details),
         )
         print(stage, *(f"{k} {v:.4g}" for k, v in found.items()), f"start {start:.1f} s", sep="\n  ")
         print(*(f"  {name:<20}{value:.3f} ms" for name, value in phases.items()), sep="\n", flush=True)
@@ -128,20 +144,18 @@ class Campaign:
         engine = Engine(backend, SHAPE, args.max_batch)
         fixed = self.fresh(LLM(engine, llm.tokenizer, model=llm.model, drafter=llm.drafter))
         if stage == "fp32":
-            self.bench(stage, "greedy", fixed, start, limit=args.exact, batch=4)
+            self.bench(stage, "greedy", fixed, start, limit=args.exact, batch=4, category="")
             return
         self.roofline(stage, llm, start)
         few = args.limit
         self.bench(stage, "greedy-n64", fixed, start, limit=few)
         self.bench(stage, "greedy-adaptive", llm, start, limit=few)
-        self.bench(stage, "t1-adaptive", llm, start, limit=max(4, few // 2), temperature=1.0)
+        self.bench(stage, "t1-adaptive", llm, start, limit=few and max(4, few // 2), temperature=1.0)
         for batch in args.batches:
-            # Three times: rows leave one by one, and the graph for every number of rows is recorded when first needed.
-            count = max(batch, min(16, 2 * batch))
-            self.bench(stage, f"b{batch}-adaptive", llm, start, limit=count, batch=batch, repeat=3)
+            whole = {"limit": batch * max(2, min(3, 48 // batch)), "batch": batch}  # a part of one has fewer rows
+            self.bench(stage, f"b{batch}-adaptive", llm, start, **whole)
             if batch in args.sampled:
-                more = {"limit": count, "batch": batch, "repeat": 3, "temperature": 1.0}
-                self.bench(stage, f"b{batch}-t1-adaptive", llm, start, **more)
+                self.bench(stage, f"b{batch}-t1-adaptive", llm, start, temperature=1.0, **whole)
 
 
 def _plain(row: Any) -> Any:
@@ -159,7 +173,7 @@ def main() -> None:
     parser.add_argument("--stage", action="append", choices=list(STAGES), required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--limit", type=int, default=20)
+    parser.add_argument("--limit", type=int, default=20, help="prompts at batch 1; 0: all of the category")
     parser.add_argument("--exact", type=int, default=100)
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--max-context", type=int, default=1024)
@@ -169,17 +183,15 @@ def main() -> None:
     args = parser.parse_args()
     campaign = Campaign(args)
     for stage in args.stage:
+        started = time.perf_counter()
         try:
             campaign.stage(stage)
         except Exception:  # noqa: BLE001 - device time is dear: the other stages go on
             traceback.print_exc(limit=8)
+        print(f"{stage}: {time.perf_counter() - started:.0f} s in all", flush=True)
         torch.cuda.empty_cache()
     if campaign.worst:
-        metrics = {"worst_speedup": (min(campaign.worst.values()), "x")}
-        command = command_line(["bench", *sys.argv[1:]]).replace("redrafter bench", "speed.py", 1)
-        details = {"speedups": campaign.worst}
-        write_json(args.out / f"{args.prefix}worst.json", measured(metrics, campaign.device, command, details))
-        print("worst", min(campaign.worst.items(), key=lambda item: item[1]))
+        print("worst", min(campaign.worst.items(), key=lambda item: item[1]), flush=True)
 
 
 T0 = time.perf_counter()

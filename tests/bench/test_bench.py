@@ -121,6 +121,40 @@ def test_the_ways_take_turns_in_going_first(arguments, monkeypatch) -> None:
     assert ways == [False, True, False, True, True, False, False, True]
 
 
+@pytest.mark.parametrize(("recorded", "runs"), [([0, 5, 5], 2), ([0, 1, 2, 3, 4, 5, 6], 4)])
+def test_where_steps_are_recorded_the_first_batch_runs_in_full_before(arguments, monkeypatch, recorded, runs) -> None:
+    """``recorded``: graphs before the warm-up and after every pass of it."""
+    calls: list[tuple[int, int, bool]] = []
+    generate = LLM.generate
+
+    def watched(llm, prompts, params, speculation=True):
+        calls.append((len(prompts), params[0].max_new_tokens, speculation))
+        return generate(llm, prompts, params, speculation=speculation)
+
+    graphs = property(lambda self: recorded[min(len(calls) // 2, len(recorded) - 1)])
+    monkeypatch.setattr("redrafter.backends.torch.load.TorchBackend.graphs", graphs)
+    monkeypatch.setattr(LLM, "generate", watched)
+    assert main([*arguments, "-q", "--batch", "3", "--max-new-tokens", "12"]) == 0
+    timed = [(3, 12, False), (3, 12, True), (1, 12, True), (1, 12, False)]
+    assert calls == [(3, 12, False), (3, 12, True)] * runs + timed
+    warm_up = result()["settings"]["warm_up"]
+    assert warm_up == "the first batch in full until no new graph is recorded, at most 4 times"
+
+
+def test_elsewhere_a_few_tokens_warm_up(arguments, monkeypatch) -> None:
+    tokens: list[int] = []
+    generate = LLM.generate
+
+    def watched(llm, prompts, params, speculation=True):
+        tokens.append(params[0].max_new_tokens)
+        return generate(llm, prompts, params, speculation=speculation)
+
+    monkeypatch.setattr(LLM, "generate", watched)
+    assert main([*arguments, "-q", "--limit", "1"]) == 0
+    assert tokens == [8, 8, 9, 9]
+    assert result()["settings"]["warm_up"] == "8 tokens of the first batch"
+
+
 def test_only_tokens_per_step(arguments) -> None:
     assert main([*arguments, "-q", "--no-plain", "--category", "mt_bench", "--limit", "1", "--spread"]) == 0
     found = result()

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from redrafter.llm import LLM, Completion
 
 WARM_UP_TOKENS = 8
+WARM_UP_RUNS = 4
+"""Where steps are recorded, the first batch runs untimed so often at most: each time other shapes may be tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +79,7 @@ def measure(
     batches = [list(prompts[i : i + plan.batch]) for i in range(0, len(prompts), plan.batch)]
     try:
         tell("warming up")
-        few = replace(plan.params, max_new_tokens=min(WARM_UP_TOKENS, plan.params.max_new_tokens))
-        for speculation in (False, True) if plan.plain else (True,):
-            warm = _run(llm, batches[0], [few] * len(batches[0]), speculation)
-        if plan.baseline is not None:
-            plan.baseline.run(warm.answers[0].prompt_token_ids, WARM_UP_TOKENS)
+        _warm_up(llm, batches[0], plan)
         started = time.perf_counter()
         for number, batch in enumerate(batches):
             _one_batch(llm, batch, number, plan, measured)
@@ -90,6 +88,36 @@ def measure(
     except KeyboardInterrupt:
         return measured
     return replace(measured, partial=False)
+
+
+def warm_up_said(llm: LLM, plan: Plan) -> str:
+    """What ``measure`` runs untimed before anything else."""
+    if llm.engine.backend.graphs is None:
+        return f"{min(WARM_UP_TOKENS, plan.params.max_new_tokens)} tokens of the first batch"
+    return f"the first batch in full until no new graph is recorded, at most {WARM_UP_RUNS} times"
+
+
+def _warm_up(llm: LLM, batch: list[BenchPrompt], plan: Plan) -> None:
+    """Both ways. Where steps are recorded, a recording takes as long as a hundred steps, and one is due for every few
+    rows that leave: a whole batch shows them all."""
+    backend, ways = llm.engine.backend, (False, True) if plan.plain else (True,)
+    tokens = plan.params.max_new_tokens
+    if backend.graphs is None:
+        tokens = min(WARM_UP_TOKENS, tokens)
+    settings = _settings(replace(plan.params, max_new_tokens=tokens), 0, len(batch))
+    for _ in range(WARM_UP_RUNS):
+        before = backend.graphs
+        for speculation in ways:
+            _run(llm, batch, settings, speculation)
+        if backend.graphs == before:
+            break
+    if plan.baseline is not None:
+        plan.baseline.run(llm.encode(batch[0].prompt), WARM_UP_TOKENS)
+
+
+def _settings(params: SamplingParams, first: int, count: int) -> list[SamplingParams]:
+    """Of prompts ``first`` onward: each has a seed of its own."""
+    return [replace(params, seed=(params.seed + first + i) % 2**64) for i in range(count)]
 
 
 def _progress(measured: Measured, prompts: int, done: int, batches: int, elapsed: float) -> str:
@@ -102,8 +130,7 @@ def _progress(measured: Measured, prompts: int, done: int, batches: int, elapsed
 
 def _one_batch(llm: LLM, batch: list[BenchPrompt], number: int, plan: Plan, measured: Measured) -> None:
     """Both ways, as often as asked; which one goes first alternates, so that a machine that slows down slows both."""
-    before = number * plan.batch
-    settings = [replace(plan.params, seed=(plan.params.seed + before + i) % 2**64) for i in range(len(batch))]
+    settings = _settings(plan.params, number * plan.batch, len(batch))
     runs: dict[bool, list[_Run]] = {False: [], True: []}
     streamed: list[Streamed] = []
     for turn in range(plan.repeat):

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from redrafter.bench.measure import Measured, Plan, check_fit, measure
+from redrafter.bench.measure import Measured, Plan, check_fit, measure, warm_up_said
 from redrafter.bench.metrics import known_metrics, summarise
 from redrafter.bench.mlx_lm_baseline import NAME as NAME_OF_BASELINE
 from redrafter.bench.prompts import BenchPrompt, PromptSet, groups_of
@@ -130,6 +130,7 @@ def _result(llm: LLM, job: Job, facts: Mapping[str, Any], measured: Measured) ->
             "max_new_tokens": job.plan.params.max_new_tokens,
             "batch": job.plan.batch,
             "repeat": job.plan.repeat,
+            "warm_up": warm_up_said(llm, job.plan),
             "plain": job.plan.plain,
             "baseline": None if job.plan.baseline is None else NAME_OF_BASELINE,
         },
