@@ -11,13 +11,14 @@ pytest.importorskip("triton", reason="triton is not installed: its kernels canno
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from redrafter.algorithm.sampling import Sampling
 from redrafter.algorithm.tree import TokenTree
 from redrafter.backends.torch.kernels import accept, beam, noise, pack, topk
 from redrafter.params import DecodeConfig
 
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
 TYPES = {
     torch.int64: "*i64",
     torch.int32: "*i32",
@@ -47,6 +48,8 @@ class Compiled:
             name, value = parameter.name, given.pop(parameter.name)
             if parameter.is_constexpr:
                 signature[name], constants[(place,)] = "constexpr", value
+            elif isinstance(value, TensorDescriptor):
+                signature[name] = f"tensordesc<{TYPES[value.base.dtype][1:]}{value.block_shape}>"
             elif isinstance(value, torch.Tensor):
                 signature[name] = TYPES[value.dtype]
             else:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be compiled")
-from redrafter.backends.torch.kernels import attention, commit, norms
+from redrafter.backends.torch.kernels import attention, commit, early, matmul, norms, stream
 from tests.kernels.test_compiles import Compiled
 
 KERNELS = [
@@ -18,6 +18,9 @@ KERNELS = [
     (norms, "_rope_write"),
     (norms, "_add_rms_norm"),
     (norms, "_silu_mul"),
+    (matmul, "_gemv"),
+    (stream, "_stream"),
+    (stream, "_scaled"),
 ]
 
 
@@ -58,3 +61,15 @@ def test_cache_and_norms_compile(done: list[str]) -> None:
     norms.add_rms_norm(qkv[0], qkv[1], qkv[0, 0], 1e-5)
     norms.silu_mul(qkv[0])
     assert done == ["_write", "_keep_path", "_rope_write", "_add_rms_norm", "_silu_mul"]
+
+
+def test_streams_and_early_starts_compile(done: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter does not know early starts: that they compile is their test here."""
+    monkeypatch.setattr(early, "_hopper", lambda device: True)
+    x, weight = torch.zeros(1, 2048, dtype=torch.bfloat16), torch.zeros(4096, 2048, dtype=torch.bfloat16)
+    matmul.few_rows(x, weight, norm=matmul.Norm(x[0], 1e-5), gated=True)
+    rooms, many = matmul.Workspace(x.device, 1 << 20), torch.zeros(64, 2048, dtype=torch.bfloat16)
+    n = stream.scaled(many, (x[0], 1e-5))
+    stream.stream(n, weight, gated=True, workspace=rooms)
+    stream.stream(many, weight[:2048], weight[0], residual_MN=many, norm=(x[0], 1e-5), workspace=rooms)
+    assert done == ["_gemv", "_scaled", "_stream", "_stream"]

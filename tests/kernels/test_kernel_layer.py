@@ -23,15 +23,18 @@ def compare(fused: object, twin: object, trees: list) -> None:
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
+@pytest.mark.parametrize("streams", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
-def test_a_fused_layer_computes_what_its_twin_computes(family: str) -> None:
+def test_a_fused_layer_computes_what_its_twin_computes(family: str, streams: bool) -> None:
     twin, fused = make_model(family, FAST), make_model(family, KERNEL)
     for model in (twin, fused):
         for name, p in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
                 torch.nn.init.normal_(p, 1, 0.3, generator=torch.Generator().manual_seed(len(name)))
     assert fuse_cuda_layers(fused) == 3
-    assert all(isinstance(x, FusedCudaLayer) for x in fused.base_model.layers)
+    for layer in fused.base_model.layers:
+        assert isinstance(layer, FusedCudaLayer)
+        layer.streams = streams
     compare(fused, twin, TREES)
 
 

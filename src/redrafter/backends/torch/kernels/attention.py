@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from redrafter.backends.torch.kernels.early import early, start_early
+
 MAX_NODES = 128
 """Bits in a node's two ancestor words."""
 _NEVER = tl.constexpr(-1.0e30)
@@ -67,7 +69,9 @@ def _tree_attention(
     q_row, q_head, q_node, kv_row, kv_head, kv_slot, length_row, word_row, word_node,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    start_early(EARLY)
     part = tl.program_id(0)
     tile = tl.program_id(1)
     row = (tl.program_id(2) // KV_HEADS).to(tl.int64)
@@ -216,7 +220,7 @@ def tree_attention(
         lengths_B.stride(0), ancestors.stride(0), ancestors.stride(1),
         kv_heads, heads // kv_heads, width, padded, plan.tile_rows, plan.block_slots, plan.parts,
         softcap is not None, "ieee" if exact else "tf32",
-        num_warps=plan.warps, num_stages=plan.stages,
+        num_warps=plan.warps, num_stages=plan.stages, **early(out),
         enable_fp_fusion=not exact,  # blocks with and without a mask are two texts, which may be fused differently
     )  # fmt: skip
     return out

@@ -1,16 +1,19 @@
-"""Decoder layers of the Llama kind, of one row in six launches: the GPU's fast path, to the formulas of ``fused.py``.
+"""Decoder layers of the Llama kind in six launches: the GPU's fast path, to the formulas of ``fused.py``.
 
     1 norm, q|k|v, bias                        4 out, residual
     2 head norms, rotation, cache write        5 norm, gate|up, silu(gate) * up
     3 attention                                6 down, residual
 
+One row goes through ``matmul.py``, up to 64 through ``stream.py``, more (and float32) through cuBLAS and ``norms.py``.
+
 Where bfloat16 is rounded other than in transformers: a norm's weight multiplies before the division by rms(x)
-(``matmul.few_rows``), attention's probabilities are rounded before they are normalised (as torch's own kernels do), and
-of several rows the last residual is added before its product is rounded (``addmm``).
+(``matmul.py``, ``stream.py``), attention's probabilities are rounded before they are normalised (as torch's own kernels
+do), and of many rows the last residual is added before its product is rounded (``addmm``).
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from redrafter.backends.torch.kernels.attention import tree_attention
 from redrafter.backends.torch.kernels.commit import KernelCache
 from redrafter.backends.torch.kernels.matmul import Norm, Workspace, few_rows
 from redrafter.backends.torch.kernels.norms import HeadNorms, add_rms_norm, rope_write, silu_mul
+from redrafter.backends.torch.kernels.stream import MAX_ROWS, fits, scaled, stream
 from redrafter.params import MAX_TREE
 
 
@@ -37,6 +41,9 @@ def fuse_cuda_layers(model: Any) -> int:
         if type(layer).__name__ in LAYERS and is_silu(layer.mlp.act_fn) and layer.mlp.gate_proj.bias is None:
             layers[index] = FusedCudaLayer(layer, workspace)
             swapped += 1
+    for layer, following in pairwise(layers):
+        if isinstance(layer, FusedCudaLayer) and isinstance(following, FusedCudaLayer):
+            layer.next_norm = following.input_norm
     base = model.base_model
     if hasattr(getattr(base, "norm", None), "variance_epsilon"):
         base.norm = KernelNorm(base.norm)
@@ -95,6 +102,8 @@ class FusedCudaLayer(nn.Module):
         self._workspace = workspace
         self.input_gain, self._input_eps = _norm(layer.input_layernorm)
         self.mlp_gain, self._mlp_eps = _norm(layer.post_attention_layernorm)
+        self.next_norm: tuple[Tensor, float] | None = None
+        """the first norm of the layer behind this one"""
         self.q_gain = self.k_gain = None
         if hasattr(attention, "q_norm"):
             self.q_gain, self._head_eps = _norm(attention.q_norm)
@@ -103,6 +112,11 @@ class FusedCudaLayer(nn.Module):
         self.out, self.out_bias = _join(attention.o_proj)
         self.gate_up, _ = _join(mlp.gate_proj, mlp.up_proj)
         self.down, self.down_bias = _join(mlp.down_proj)
+        self.streams = fits(self.qkv, self.out, self.gate_up, self.down)
+
+    @property
+    def input_norm(self) -> tuple[Tensor, float]:
+        return self.input_gain, self._input_eps
 
     def forward(
         self,
@@ -118,7 +132,7 @@ class FusedCudaLayer(nn.Module):
         assert isinstance(store, KernelCache)
         rows, nodes, size = hidden_states.shape
         x = hidden_states.reshape(-1, size)
-        forward = self._alone if len(x) == 1 else self._many
+        forward = self._alone if len(x) == 1 else self._few if self.streams and len(x) <= MAX_ROWS else self._many
 
         def attend(qkv: Tensor) -> Tensor:
             y = self._attend(qkv.view(rows, nodes, -1), attention_mask, position_embeddings, store)
@@ -134,16 +148,32 @@ class FusedCudaLayer(nn.Module):
         h = few_rows(x, self.gate_up, norm=Norm(self.mlp_gain, self._mlp_eps), gated=True)
         return few_rows(h, self.down, self.down_bias, residual_MN=x, workspace=workspace)
 
+    def _few(self, x: Tensor, attend: Any) -> Tensor:
+        """As one row, in the tensor cores: a product leaves what the norm of the next one needs."""
+        workspace = self._workspace
+        ready, workspace.ready = workspace.ready, None
+        if ready is not None and ready[0].data_ptr() == x.data_ptr() and ready[0].shape == x.shape:
+            n = ready[1]
+        else:
+            n = scaled(x, self.input_norm)
+        y = attend(stream(n, self.qkv, self.qkv_bias, workspace=workspace)[0])
+        mlp_norm = (self.mlp_gain, self._mlp_eps)
+        x, n = stream(y, self.out, self.out_bias, residual_MN=x, norm=mlp_norm, workspace=workspace)
+        assert n is not None
+        h, _ = stream(n, self.gate_up, gated=True, workspace=workspace)
+        x, behind = stream(h, self.down, self.down_bias, residual_MN=x, norm=self.next_norm, workspace=workspace)
+        workspace.ready = None if behind is None else (x, behind)
+        return x
+
     def _many(self, x: Tensor, attend: Any) -> Tensor:
-        """cuBLAS multiplies: on an H200 it beats our products from two rows on, though norm and gate then take
-        launches of their own."""
+        """cuBLAS multiplies; norm and gate take launches of their own."""
         _, n = add_rms_norm(x, None, self.input_gain, self._input_eps)
         y = F.linear(attend(F.linear(n, self.qkv, self.qkv_bias)), self.out, self.out_bias)
         x, n = add_rms_norm(x, y, self.mlp_gain, self._mlp_eps)
         h = silu_mul(F.linear(n, self.gate_up))
-        return (
-            x + F.linear(h, self.down, self.down_bias) if self.down_bias is not None else torch.addmm(x, h, self.down.T)
-        )
+        if self.down_bias is not None:
+            return x + F.linear(h, self.down, self.down_bias)
+        return torch.addmm(x, h, self.down.T)
 
     def _attend(self, qkv: Tensor, mask: Tensor, rope: tuple[Tensor, Tensor], store: KernelCache) -> Tensor:
         """[B, N, (H + 2 Hkv) * d] -> [B, N, H * d]; ``mask`` as for ``attention.kernel_attention``."""

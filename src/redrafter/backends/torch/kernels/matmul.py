@@ -12,12 +12,14 @@ Letters: M rows, N outputs, K inputs, R beams, S state.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from redrafter.backends.torch.kernels.early import early, start_early
 
 MAX_ROWS = 128
 """More rows than this are compute-bound sooner than bandwidth-bound: leave them to cuBLAS."""
@@ -46,9 +48,10 @@ def _finish(
 def _gemv(
     x, w, gain, bias, residual, residual_row, y, N: tl.constexpr, K: tl.constexpr, eps,
     NORM: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, RESIDUAL: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One row. A program reads BN weight rows, BK columns at a time."""
+    start_early(EARLY)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     row = n.to(tl.int64) * K
     acc = tl.zeros((BN, BK), tl.float32)
@@ -217,6 +220,8 @@ class Workspace:
     def __init__(self, device: torch.device, floats: int = 4 * MAX_ROWS * 16384, counters: int = 8192) -> None:
         self.partial = torch.empty(floats, dtype=torch.float32, device=device)
         self.arrived = torch.zeros(counters, dtype=torch.int32, device=device)
+        self.ready: tuple[Tensor, Any] | None = None
+        """the residual stream that a layer left last, and what the norm behind it needs (``stream.Scaled``)"""
 
 
 def few_rows(
@@ -250,7 +255,8 @@ def few_rows(
     assert residual.stride(1) == 1
     tensors = (x_MK, weight_NK, gain, x_MK if bias_N is None else bias_N, residual, residual.stride(0))
     if M == 1:
-        _gemv[(triton.cdiv(N, plan.BN),)](*tensors, y, N, K, eps, *flags, plan.BN, plan.BK, num_warps=plan.warps)
+        cut = (plan.BN, plan.BK)
+        _gemv[(triton.cdiv(N, plan.BN),)](*tensors, y, N, K, eps, *flags, *cut, num_warps=plan.warps, **early(y))
         return y
     split = plan.split if workspace is not None else 1
     grid = (triton.cdiv(N, plan.BN), split)

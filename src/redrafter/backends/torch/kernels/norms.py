@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from redrafter.backends.torch.kernels.commit import LayerSlots
+from redrafter.backends.torch.kernels.early import early, start_early
 
 
 @triton.jit
@@ -28,9 +29,10 @@ def _rope_write(
     qkv, cos, sin, q_gain, k_gain, slots, q, keys, values, tokens, eps,
     cos_row, cos_token, slot_row, cache_row, cache_head, cache_slot,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_P: tl.constexpr,
-    TOGETHER: tl.constexpr, NORM: tl.constexpr,
+    TOGETHER: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program takes TOGETHER of the q, k and v heads of one token."""
+    start_early(EARLY)
     dtype = q.dtype.element_ty
     token = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -96,7 +98,7 @@ def rope_write(qkv: Tensor, rope: tuple[Tensor, Tensor], stored: LayerSlots, nor
         qkv, cos, sin, q_gain, k_gain, slot_BN, q, keys, values, tokens, eps,
         cos.stride(0) if len(cos) > 1 else 0, cos.stride(1), slot_BN.stride(0), *keys.stride()[:3],
         HEADS=heads, KV_HEADS=kv_heads, WIDTH=width, WIDTH_P=width_padded, TOGETHER=together,
-        NORM=norms is not None, num_warps=4,
+        NORM=norms is not None, num_warps=4, **early(qkv),
     )  # fmt: skip
     return q.transpose(1, 2)
 

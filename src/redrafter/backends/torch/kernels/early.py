@@ -1,0 +1,37 @@
+"""Kernels that start before their predecessor has ended (programmatic dependent launch, CUDA programming guide).
+
+A chain of small kernels loses about half a microsecond at every change (one H200, a plain step of SmolLM2-135M: 18.2 us
+per layer, 15.6 with this). It changes no number. Tried beside it and slower: bringing the next weights into the L2
+cache while attention, norms and gates run (one row of the 7B shape: 117 us per layer, 139 with it).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def start_early(EARLY: tl.constexpr):
+    """First statement of such a kernel: the successor may be launched from now on, and everything that the predecessor
+    wrote is visible afterwards."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@cache
+def _hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def early(like: Tensor) -> dict[str, Any]:
+    """Arguments of a launch whose kernel calls ``start_early(EARLY)``. Below compute capability 9.0 the kernel is compiled
+    without it."""
+    return {"EARLY": True, "launch_pdl": True} if _hopper(like.device) else {"EARLY": False}

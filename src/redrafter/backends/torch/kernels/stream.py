@@ -1,0 +1,191 @@
+"""Matrix products of 2 to 64 rows in the tensor cores, with the work around them in the same launch.
+
+    y = residual + (scale * (x * g) W^T + bias)
+    y = silu(scale * (x * g) Wg^T) * (scale * (x * g) Wu^T)          scale = 1 / rms(x), or 1
+
+Weights come through the tensor memory accelerator (Hopper; elsewhere triton reads them by pointers). A product that
+writes the residual stream also writes what the norm behind it needs: x * g, and of every tile of columns the sum of the
+squares of each row, which the next product adds in the tiles' order. So a decoder layer of many rows takes the six
+launches of one row (``layer.py``) and no norm of its own. Slow twin: cuBLAS with ``norms.py`` between.
+
+Measured on one H200, 64 rows, weights of the Llama-2-7B shape in bfloat16, products alone: q|k|v 28.5 us (cuBLAS 30.2),
+gate|up 48.3 (50.2), out 13.3 (12.4), down 28.7 (29.9).
+
+Letters: M rows, N outputs, K inputs, T tiles of columns.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from redrafter.backends.torch.kernels.early import early, start_early
+from redrafter.backends.torch.kernels.matmul import Workspace
+
+MAX_ROWS = 64
+
+
+class Scaled(NamedTuple):
+    """An input that is yet to be divided by its root mean square."""
+
+    values: Tensor  # [M, K] x * g, rounded
+    squares: Tensor  # [T, M] float32: sums of x^2 over each tile of columns
+    eps: float
+
+
+class Cut(NamedTuple):
+    """How a launch is cut: columns and depth of a block, parts of K that are summed, warps, blocks on their way."""
+
+    BN: int
+    BK: int
+    split: int
+    warps: int
+    stages: int
+
+
+def plan(N: int, K: int, gated: bool) -> Cut:
+    """Fastest in a search over the shapes of Llama-2-7B and SmolLM2-135M at 16 and 64 rows."""
+    if K < 2048:
+        return Cut(16, 64, 3 if K > 1024 and not gated else 1, 4, 5)
+    if gated:
+        return Cut(64, 64, 1, 4, 4)
+    return Cut(128, 128, 1, 4, 4) if N > 8192 else Cut(64, 128, 2, 4, 4)
+
+
+@triton.jit
+def _rounded(x, dtype: tl.constexpr):
+    return x.to(dtype).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["M", "tiles"])
+def _stream(
+    x, w, squares, bias, residual, gain, y, scaled, squares_out, partial, arrived, M, tiles, eps,
+    N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
+    TILES_P: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """A program multiplies BN weight rows with all of x over one of SPLIT parts of K; the last one to arrive adds the
+    parts in their order, so that the sum does not depend on who is last."""
+    start_early(EARLY)
+    tile, part = tl.program_id(0), tl.program_id(1)
+    dtype: tl.constexpr = y.dtype.element_ty
+    acc = tl.zeros((BN, BM), tl.float32)
+    up = tl.zeros((BN, BM), tl.float32)
+    steps: tl.constexpr = ((K + BK - 1) // BK + SPLIT - 1) // SPLIT
+    for step in range(steps):
+        k = (part * steps + step) * BK
+        v = tl.trans(x.load([0, k]))
+        acc = tl.dot(w.load([tile * BN, k]), v, acc, input_precision=PRECISION)
+        if GATED:
+            up = tl.dot(w.load([N + tile * BN, k]), v, up, input_precision=PRECISION)
+    n = tile * BN + tl.arange(0, BN)
+    m = tl.arange(0, BM)
+    place = n.to(tl.int64)[:, None] + m[None, :] * N
+    live = (n < N)[:, None] & (m < M)[None, :]
+    last = True
+    if SPLIT > 1:
+        size = M * N
+        tl.store(partial + part * size + place, acc, mask=live)
+        tl.debug_barrier()  # every thread's part lies in memory before this program says so
+        last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLIT - 1
+    if last:
+        if SPLIT > 1:
+            acc = tl.zeros((BN, BM), tl.float32)
+            for other in range(SPLIT):
+                acc += tl.load(partial + other * size + place, mask=live, other=0.0, cache_modifier=".cg")
+            tl.store(arrived + tile, 0)
+        if NORM:
+            t = tl.arange(0, TILES_P)
+            read = (t < tiles)[:, None] & (m < M)[None, :]
+            total = tl.sum(tl.load(squares + t[:, None] * M + m[None, :], mask=read, other=0.0), 0)
+            scale = tl.rsqrt(total / K + eps)[None, :]
+            acc *= scale
+            up *= scale
+        if GATED:
+            gate = _rounded(acc, dtype)
+            acc = _rounded(gate / (1.0 + tl.exp(-gate)), dtype) * _rounded(up, dtype)
+        if HAS_BIAS:
+            acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        if RESIDUAL:
+            acc = _rounded(acc, dtype) + tl.load(residual + place, mask=live, other=0.0).to(tl.float32)
+        tl.store(y + place, acc.to(dtype), mask=live)
+        if SCALED:
+            acc = tl.where(live, _rounded(acc, dtype), 0.0)
+            tl.store(squares_out + tile * M + m, tl.sum(acc * acc, 0), mask=m < M)
+            g = tl.load(gain + n, mask=n < N, other=0.0).to(tl.float32)
+            tl.store(scaled + place, (acc * g[:, None]).to(dtype), mask=live)
+
+
+def stream(
+    x: Tensor | Scaled,
+    weight: Tensor,
+    bias_N: Tensor | None = None,
+    *,
+    workspace: Workspace,
+    residual_MN: Tensor | None = None,
+    gated: bool = False,
+    norm: tuple[Tensor, float] | None = None,
+    cut: Cut | None = None,
+) -> tuple[Tensor, Scaled | None]:
+    """[M, N] as the module's docstring says, M <= MAX_ROWS, and with ``norm`` (weight, eps) what the norm behind it
+    needs. ``weight`` [N, K], with ``gated`` [2 N, K], gates first. All contiguous; ``fits`` says what is taken."""
+    values = x.values if isinstance(x, Scaled) else x
+    M, K = values.shape
+    N = weight.shape[0] // (2 if gated else 1)
+    assert values.is_contiguous() and weight.is_contiguous() and M <= MAX_ROWS
+    assert residual_MN is None or residual_MN.is_contiguous()
+    cut = cut or plan(N, K, gated)
+    tiles = triton.cdiv(N, cut.BN)
+    y = torch.empty(M, N, dtype=values.dtype, device=values.device)
+    behind = None
+    if norm is not None:
+        squares = torch.empty(tiles, M, dtype=torch.float32, device=values.device)
+        behind = Scaled(torch.empty_like(y), squares, norm[1])
+    assert cut.split == 1 or (not gated and cut.split * M * N <= len(workspace.partial))
+    BM = max(16, triton.next_power_of_2(M))
+    tiles_in = len(x.squares) if isinstance(x, Scaled) else 0
+    _stream[(tiles, cut.split)](
+        TensorDescriptor.from_tensor(values, [BM, cut.BK]), TensorDescriptor.from_tensor(weight, [cut.BN, cut.BK]),
+        x.squares if isinstance(x, Scaled) else y, y if bias_N is None else bias_N,
+        y if residual_MN is None else residual_MN, y if norm is None else norm[0],
+        y, y if behind is None else behind.values, y if behind is None else behind.squares,
+        workspace.partial, workspace.arrived, M, tiles_in, x.eps if isinstance(x, Scaled) else 0.0,
+        N, K, BM, cut.BN, cut.BK, cut.split, max(1, triton.next_power_of_2(tiles_in)), isinstance(x, Scaled), gated,
+        bias_N is not None, residual_MN is not None, behind is not None,
+        "ieee" if values.dtype == torch.float32 else "tf32",
+        num_warps=cut.warps, num_stages=cut.stages, **early(y),
+    )  # fmt: skip
+    return y, behind
+
+
+def fits(*weights: Tensor) -> bool:
+    """Whether the accelerator can read these: rows of a multiple of 16 bytes, and 16-bit numbers, since float32 keeps
+    the order in which cuBLAS adds."""
+    return all(w.dtype in (torch.bfloat16, torch.float16) and w.shape[1] % 8 == 0 for w in weights)
+
+
+@triton.jit
+def _scaled(x, gain, scaled, squares, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    start_early(EARLY)
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    value = tl.load(x + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gain + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(scaled + row * WIDTH + column, (value * g).to(scaled.dtype.element_ty), mask=inside)
+    tl.store(squares + row, tl.sum(value * value, 0))
+
+
+def scaled(x_MK: Tensor, norm: tuple[Tensor, float]) -> Scaled:
+    """What a product that takes the norm of x needs, where none before it has made it."""
+    M, K = x_MK.shape
+    assert x_MK.is_contiguous()
+    out = Scaled(torch.empty_like(x_MK), torch.empty(1, M, dtype=torch.float32, device=x_MK.device), norm[1])
+    block = triton.next_power_of_2(K)
+    _scaled[(M,)](x_MK, norm[0], *out[:2], WIDTH=K, BLOCK=block, num_warps=8 if K > 2048 else 4, **early(x_MK))
+    return out

@@ -1,0 +1,83 @@
+"""Products of 2 to 64 rows against plain torch."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be tested")
+from redrafter.backends.torch.kernels.matmul import Workspace
+from redrafter.backends.torch.kernels.stream import Cut, Scaled, fits, plan, scaled, stream
+
+CUT = Cut(32, 32, 1, 4, 2)
+
+
+def random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def workspace() -> Workspace:
+    return Workspace(torch.device("cpu"), 4 * 64 * 128, 16)
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [2, 17, 64])
+@pytest.mark.parametrize("split", [1, 2, 3])
+def test_a_product_with_all_around_it_and_the_norm_behind_it(rows: int, split: int, workspace: Workspace) -> None:
+    x, w, b, r = random(rows, 136, seed=1), random(72, 136, seed=2), random(72, seed=3), random(rows, 72, seed=4)
+    gain, first = random(72, seed=5), random(136, seed=6)
+    cut = CUT._replace(split=split)
+    y, behind = stream(scaled(x, (first, 1e-5)), w, b, residual_MN=r, norm=(gain, 1e-4), workspace=workspace, cut=cut)
+    expected = r + F.linear(F.rms_norm(x, (136,), first, 1e-5), w, b)
+    close(y, expected)
+    assert behind is not None and behind.squares.shape == (3, rows)
+    close(behind.values, expected * gain)
+    close(behind.squares.sum(0), expected.square().sum(1))
+    assert workspace.arrived.sum() == 0
+    second = random(40, 72, seed=7)
+    normed = F.rms_norm(expected, (72,), gain, 1e-4)
+    close(stream(behind, second, workspace=workspace, cut=CUT)[0], F.linear(normed, second))
+
+
+@pytest.mark.parametrize("rows", [2, 33])
+def test_gated(rows: int, workspace: Workspace) -> None:
+    x, w, gain = random(rows, 136, seed=1), random(80, 136, seed=2), random(136, seed=3)
+    gate, up = F.linear(F.rms_norm(x, (136,), gain, 1e-5), w).chunk(2, -1)
+    y, behind = stream(scaled(x, (gain, 1e-5)), w, gated=True, workspace=workspace, cut=CUT)
+    close(y, F.silu(gate) * up)
+    assert behind is None
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it(workspace: Workspace) -> None:
+    x, w = random(20, 136, seed=1), random(72, 136, seed=2)
+    whole = stream(x, w, workspace=workspace, cut=CUT)[0]
+    assert torch.equal(stream(x[:3].contiguous(), w, workspace=workspace, cut=CUT)[0], whole[:3])
+
+
+def test_cuts_fit_the_shared_memory_and_the_workspace() -> None:
+    rooms = Workspace(torch.device("cpu"))
+    for n, k in ((12288, 4096), (4096, 4096), (11008, 4096), (4096, 11008), (960, 576), (576, 1536), (1536, 576)):
+        for gated in (False, True):
+            cut = plan(n, k, gated)
+            block = cut.BN * (2 if gated else 1) + 64
+            assert block * cut.BK * 2 * cut.stages <= 227 * 1024
+            assert cut.split == 1 or (not gated and cut.split * 64 * n <= len(rooms.partial))
+            assert -(-n // cut.BN) <= len(rooms.arrived)
+
+
+def test_what_fits() -> None:
+    half = torch.zeros(8, 24, dtype=torch.float16)
+    assert fits(half, half.bfloat16())
+    assert not fits(half, half.float())
+    assert not fits(half[:, :20])
+
+
+def test_scaled_names_its_parts() -> None:
+    x = random(3, 24, seed=1)
+    found = scaled(x, (torch.full((24,), 2.0), 1e-6))
+    assert isinstance(found, Scaled) and found.eps == 1e-6
+    close(found.values, 2 * x)
+    close(found.squares, x.square().sum(1)[None])
