@@ -1,71 +1,115 @@
-"""Milliseconds per step on MLX: plain and some beam shapes, compiled and not, and mlx-lm's own forward.
+"""Where a step's time goes on MLX: plain, the parts of a speculative step, whole steps, eager and then compiled.
 
 python3 benchmarks/gpu/mlx_steps.py MODEL_FOLDER DRAFTER_FOLDER [WIDTHxLENGTHxNODES ...]
 
-``write`` is the host's time to start a step, ``step`` the time of a step when the host stays one ahead: where both are
-alike, the host is what limits.
+The most telling numbers come first and every line is printed when it is known. ``write`` is the host's time to start
+a step, ``step`` the time of a step when the host stays one ahead: where both are alike, the host is what limits.
+``first``: seconds until the first time was over, most of them for compiling kernels.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx_phases import phases, run
 
+from redrafter.backends.mlx.compiled import Steps
 from redrafter.engine import first_state
 from redrafter.load import load
 from redrafter.models import resolve
 from redrafter.params import PLAIN, DecodeConfig
 
-CACHED, STEPS = 192, 40
+CACHED, SLOTS = 192, 1024
+STEPS = 20 if mx.is_available(mx.gpu) else 2
+SINCE = time.perf_counter()
 
 
 def main() -> None:
     model, drafter, *asked = sys.argv[1:]
-    sizes = [tuple(map(int, text.split("x"))) for text in asked or ["2x4x8", "4x4x16", "4x5x20", "4x6x24", "8x6x32"]]
-    configs = [PLAIN, *(DecodeConfig(beam_width=w, branching=w, draft_length=n, tree_size=t) for w, n, t in sizes)]
+    sizes = [tuple(map(int, text.split("x"))) for text in asked or ["4x4x16", "2x4x8", "4x5x16", "4x6x24"]]
+    configs = [DecodeConfig(beam_width=w, branching=w, draft_length=n, tree_size=t) for w, n, t in sizes]
     device = "gpu" if mx.is_available(mx.gpu) else "cpu"
     backend: Any = load(resolve(model), Path(drafter), backend="mlx", device=device, config=PLAIN).backend
-    backend.reserve(1, CACHED + 10 * STEPS)
-    print(f"mlx-lm {_mlx_lm(backend):.2f} ms per token", flush=True)
-    for compiled in (True, False):
+    backend.reserve(1, SLOTS)
+    tell("loaded")
+    for nodes in (1, 16):
+        timed(f"products of {nodes} rows", lambda nodes=nodes: products(backend.target, nodes))
+    for compiled in (False, True):
         backend.steps.compiled = compiled
-        for config in configs:
-            started = time.perf_counter()
-            _steps(backend, config, 3)
-            first = time.perf_counter() - started
-            write, step = _steps(backend, config, STEPS)
-            shape = f"{config.beam_width}x{config.draft_length}x{config.tree_size}" if config != PLAIN else "plain"
-            kind = "compiled" if compiled else "eager"
-            print(f"{kind:9}{shape:9} write {write:6.2f} step {step:6.2f} ms, first {first:.1f} s", flush=True)
+        whole("plain", backend, PLAIN)
+        parts(backend, configs[0])
+        for config, size in zip(configs, asked or sizes, strict=True):
+            whole(f"whole {size}", backend, config)
+        if not compiled:
+            tell(f"mlx-lm {_mlx_lm(backend):.2f} ms per token")
 
 
-def _steps(backend: Any, config: DecodeConfig, count: int) -> tuple[float, float]:
-    """Milliseconds to start a step and per step; a step's outcome is read after the next was started."""
-    state = first_state(backend, config, backend.prefill(0, []), root=1, length=CACHED)
-    backend.synchronize()
-    handle, writing = None, 0.0
-    started = time.perf_counter()
+def tell(line: str) -> None:
+    print(f"{time.perf_counter() - SINCE:6.1f} s  {line}", flush=True)
+
+
+def timed(name: str, start: Callable[[], Any], count: int = STEPS) -> None:
+    """Milliseconds from one call to the next, and to write one down."""
+    began = time.perf_counter()
+    start()
+    mx.synchronize()
+    first, began, writing = time.perf_counter() - began, time.perf_counter(), 0.0
     for _ in range(count):
         before = time.perf_counter()
-        state, accepted, tree = backend.step(state, config)
-        told = backend.fetch(accepted, tree)
+        start()
         writing += time.perf_counter() - before
-        if handle is not None:
-            backend.read(handle)
-        handle = told
-    backend.read(handle)
-    return 1e3 * writing / count, 1e3 * (time.perf_counter() - started) / count
+    mx.synchronize()
+    elapsed = time.perf_counter() - began
+    tell(f"{name:24} write {1e3 * writing / count:6.2f} step {1e3 * elapsed / count:6.2f} ms, first {first:.1f} s")
+
+
+def products(target: Any, rows: int) -> None:
+    """Every layer's four products and the head's, one after the other, and nothing else."""
+    x = mx.ones((1, rows, target.hidden_size), dtype=target.mlx_dtype)
+    for attention, mlp in target._layers:
+        wide = attention.heads * attention.module.head_dim if "head_dim" in vars(attention.module) else x.shape[-1]
+        x = attention.module.o_proj(attention._qkv(x)[..., :wide])
+        both = mlp._both(x)
+        x = mlp._down(both[..., : both.shape[-1] // 2])
+    mx.async_eval(target._logits(x))
+
+
+def parts(backend: Any, config: DecodeConfig) -> None:
+    compiled = backend.steps.compiled
+    kind = "compiled" if compiled else "eager"
+    state = first_state(backend, config, backend.prefill(0, []), root=1, length=CACHED)
+    slots = backend.target.cache.round_up(CACHED + config.tree_size)
+    found = phases(backend, state, config)
+    for part in sorted(found, key=lambda part: part.name not in ("verify", "draft")):
+        steps = Steps(part.function, compiled)
+        timed(f"{kind} {part.name}", lambda part=part, steps=steps: run(part, steps, config, slots))
+
+
+def whole(name: str, backend: Any, config: DecodeConfig) -> None:
+    """A step's outcome is read after the next was started."""
+    kind = "compiled" if backend.steps.compiled else "eager"
+    state = [first_state(backend, config, backend.prefill(0, []), root=1, length=CACHED), None]
+
+    def one() -> None:
+        after, accepted, tree = backend.step(state[0], config)
+        told = backend.fetch(accepted, tree)
+        if state[1] is not None:
+            backend.read(state[1])
+        state[:] = after, told
+
+    timed(f"{kind} {name}", one)
 
 
 def _mlx_lm(backend: Any) -> float:
     """Milliseconds per token of ``generate_step``."""
     from mlx_lm.generate import generate_step
 
-    for count in (5, STEPS):
+    for count in (3, STEPS):
         tokens = generate_step(mx.arange(1, CACHED), backend.target.model, max_tokens=count + 1)
         next(tokens)
         started = time.perf_counter()
