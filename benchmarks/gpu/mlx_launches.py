@@ -68,7 +68,7 @@ def launches(function: Any, arrays: Any, config: DecodeConfig, caches: list) -> 
     kernels = mx.fast.rms_norm, mx.fast.rope, mx.fast.scaled_dot_product_attention
     told: list[Any] = []
     steps.start = lambda *results: told.extend(results)  # type: ignore[method-assign]
-    before = [cache.layers for cache in caches]
+    before = [cache.arrays for cache in caches]
     try:
         mx.fast.rms_norm, mx.fast.rope, mx.fast.scaled_dot_product_attention = _norm, _rope, _attention
         steps(arrays, config, caches, (SLOTS,) * len(caches))
@@ -77,8 +77,8 @@ def launches(function: Any, arrays: Any, config: DecodeConfig, caches: list) -> 
             return count(Path(file.name).read_text())
     finally:
         mx.fast.rms_norm, mx.fast.rope, mx.fast.scaled_dot_product_attention = kernels
-        for cache, layers in zip(caches, before, strict=True):
-            cache.layers = layers
+        for cache, arrays in zip(caches, before, strict=True):
+            cache.arrays = arrays
 
 
 def _norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:

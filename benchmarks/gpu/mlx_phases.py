@@ -47,7 +47,7 @@ def phases(backend: Any, state: DecodeState, config: DecodeConfig) -> list[Phase
         step_noise, watched("draft", draft), watched("pack", pack), watched("choose_accept", choose_accept)
     )
     step(ops, Watched(), drafter, state, config, stages)
-    mx.eval([cache.layers for cache in (target.cache, drafter.cache) if cache is not None])
+    mx.eval([cache.arrays for cache in (target.cache, drafter.cache) if cache is not None])
     leaves: list[mx.array] = []
     flatten(tuple(seen.values()), leaves)
     mx.eval(leaves)

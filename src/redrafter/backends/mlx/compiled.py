@@ -74,30 +74,30 @@ class Steps:
         else:
             told = []
             run = self._pure(layout, config, caches, limits, told)
-        # Nobody else may hold the old layers when the new ones are computed: MLX then writes them in place.
-        results, layers = run(leaves, [cache.layers for cache in caches])
-        for cache, new in zip(caches, layers, strict=True):
-            cache.layers = list(new)
-        self.start(results, layers)
+        # Nobody else may hold the old arrays when the new ones are computed: MLX then writes them in place.
+        results, arrays = run(leaves, [cache.arrays for cache in caches])
+        for cache, new in zip(caches, arrays, strict=True):
+            cache.arrays = new
+        self.start(results, arrays)
         return unflatten(told[0], iter(results))
 
     def _pure(
         self, layout: Any, config: Any, caches: Sequence[KVCache], limits: tuple[int, ...], told: list[Any]
     ) -> Callable[[list[mx.array], list[list[mx.array]]], tuple[list[mx.array], list[list[mx.array]]]]:
-        """(arrays of the state, layers of the caches) -> (arrays of the results, layers); the results' layout goes to
+        """(arrays of the state, arrays of the caches) -> (arrays of the results, of the caches); the results' layout goes to
         ``told``. The caches are only borrowed while the function runs."""
 
         def pure(leaves: list[mx.array], stored: list[list[mx.array]]) -> tuple[list[mx.array], list[list[mx.array]]]:
-            before = [cache.layers for cache in caches]
-            for cache, layers, limit in zip(caches, stored, limits, strict=True):
+            before = [cache.arrays for cache in caches]
+            for cache, arrays, limit in zip(caches, stored, limits, strict=True):
                 # A write into an array changes the name it is reached by: the caller's stay as they are.
-                cache.layers, cache.limit = [layer[...] for layer in layers], limit
+                cache.arrays, cache.limit = [array[...] for array in arrays], limit
             try:
                 results: list[mx.array] = []
                 told[:] = [flatten(self._function(unflatten(layout, iter(leaves)), config), results)]
-                return results, [cache.layers for cache in caches]
+                return results, [cache.arrays for cache in caches]
             finally:
-                for cache, layers in zip(caches, before, strict=True):
-                    cache.layers, cache.limit = layers, None
+                for cache, arrays in zip(caches, before, strict=True):
+                    cache.arrays, cache.limit = arrays, None
 
         return pure

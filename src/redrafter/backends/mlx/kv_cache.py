@@ -1,11 +1,14 @@
-"""Keys and values of every row in static slots: token at position p of a row lies in slot p of that row.
+"""Keys and values of every row in static slots. Which slot holds which position is a table of each row.
 
-MLX arrays are values: a write makes a new array, which takes over the old one's memory as long as nobody else holds
-it. So each layer has an array of its own, and a slice that attention reads is never kept.
+MLX arrays are values: a write makes a new array, which takes over the old one's memory only if nobody else holds it,
+and what a kernel in flight reads is held. Each layer has an array of its own, so that a write copies a layer at most;
+and an accepted path is committed by renumbering slots, which moves no key and no value: attention does not ask for
+an order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -25,18 +28,37 @@ class KVCache:
 
     ``place`` says where the next forward's tokens go; every layer's ``update`` then writes there and returns the slots
     in use. Rows past the running ones and slots past ``limit`` are not looked at.
+
+    ``slot_of`` [rows, slots] int64: where position p of a row lies, p itself until ``keep_path`` renumbers;
+    ``position_of``: its inverse.
     """
 
     def __init__(self, layers: int, heads: int, head_width: int, dtype: mx.Dtype) -> None:
         self.heads, self.head_width = heads, head_width
         self._dtype = dtype
         self.layers = [mx.zeros((0, 0, 2 * heads, head_width), dtype=dtype) for _ in range(layers)]
+        self.slot_of = self.position_of = mx.zeros((0, 0), dtype=mx.int64)
+        self._renumbered: set[int] = set()
+        """rows whose positions may not be their slots"""
+        self._spread = 0
+        """a position's slot lies less than so many behind it"""
+        self.nodes = 1
+        """tokens per row that were placed last"""
         self.limit: int | None = None
         """slots that attention looks at, where the caller knows it without asking the device"""
         self._rows = slice(0, 0)
         self._row_B1 = mx.zeros((0, 1), dtype=mx.int64)
         self._slot_BN = self._row_B1
         self._limit = 0
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All that a step changes."""
+        return [*self.layers, self.slot_of, self.position_of]
+
+    @arrays.setter
+    def arrays(self, arrays: Sequence[mx.array]) -> None:
+        *self.layers, self.slot_of, self.position_of = arrays
 
     @property
     def rows(self) -> int:
@@ -62,14 +84,29 @@ class KVCache:
                 f"{free / 2**20:,.0f} MiB are free: lower max_context or max_batch"
             )
         self.layers = [mx.pad(x, [(0, more_rows), (0, more_slots), (0, 0), (0, 0)]) for x in self.layers]
-        mx.eval(self.layers)
+        whole = mx.broadcast_to(counting(slots), (rows, slots))
+        for name in ("slot_of", "position_of"):
+            table: mx.array = getattr(self, name)
+            grown = mx.concatenate([table, whole[: table.shape[0], table.shape[1] :]], axis=1)
+            setattr(self, name, mx.concatenate([grown, whole[table.shape[0] :]]))
+        mx.eval(self.arrays)
+
+    def expect(self, rows: int, nodes: int) -> None:
+        """Trees of so many nodes are about to be committed to these rows."""
+        if nodes > 1:
+            self._renumbered.update(range(rows))
+            self._spread = max(self._spread, nodes)
 
     def limit_for(self, first_B: mx.array, tokens: int) -> int:
         """Slots that attention must look at when ``tokens`` tokens are written from slot ``first_B`` on."""
         if self.limit is not None:
             return self.limit
         longest: Any = first_B.max().item()
-        return self.round_up(longest + tokens)
+        return self.limit_of(longest, tokens)
+
+    def limit_of(self, longest: int, tokens: int) -> int:
+        """The same where the host knows the longest row."""
+        return self.round_up(longest + max(tokens, self._spread))
 
     def round_up(self, slots: int) -> int:
         step = GPU_SLOT_STEP if mx.default_device() == mx.gpu else SLOT_STEP
@@ -82,7 +119,13 @@ class KVCache:
         self._rows = slice(first_row, first_row + rows)
         self._row_B1 = counting(first_row + rows)[first_row:, None]
         self._slot_BN = slot_BN
+        self.nodes = slot_BN.shape[1]
         self._limit = limit
+
+    def find(self, first_row: int, position_BN: mx.array) -> mx.array:
+        """[B, N]: the slots of these positions."""
+        rows = slice(first_row, first_row + position_BN.shape[0])
+        return mx.take_along_axis(self.slot_of[rows], position_BN, axis=1)
 
     def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Store [B, N, H, d]; all keys and values to look at, [B, H, limit, d]."""
@@ -95,22 +138,56 @@ class KVCache:
         seen = cache[self._rows, : self._limit].transpose(0, 2, 1, 3)
         return seen[:, : self.heads], seen[:, self.heads :]
 
-    def move_slots(self, source_BD: mx.array, to_BD: mx.array) -> None:
-        """Slot ``to[b, d]`` becomes what slot ``source[b, d]`` was, in every layer; reads all before it writes any."""
-        row_B1 = counting(source_BD.shape[0])[:, None]
-        for cache in self.layers:
-            cache[row_B1, to_BD] = cache[row_B1, source_BD]
+    def keep_path(self, lengths_B: mx.array, path_BD: mx.array) -> None:
+        """Node ``path[b, d]`` of the tree last placed takes position ``lengths[b]`` + d; path repeats its last node.
+
+        The nodes that were not accepted take the positions behind, whose next tokens will be written over them.
+        """
+        rows, depths = path_BD.shape
+        node_N, row_B1 = counting(self.nodes), counting(rows)[:, None]
+        place_BDN = mx.where(path_BD[:, :, None] == node_N, counting(depths)[:, None], self.nodes + node_N)
+        order_BN = mx.argsort(place_BDN.min(axis=1), axis=1)
+        position_BN = lengths_B[:, None] + node_N
+        slot_BN = mx.take_along_axis(self.find(0, position_BN), order_BN, axis=1)
+        self.slot_of[row_B1, position_BN] = slot_BN
+        self.position_of[row_B1, slot_BN] = position_BN
+
+    def settle(self, row: int, tokens: int) -> None:
+        """Put the first ``tokens`` positions of a row into the slots of their numbers; what lies behind is lost."""
+        if row not in self._renumbered:
+            return
+        if tokens:
+            self._write(row, self._read(row, tokens), tokens)
+        self._number(row)
 
     def copy_prefix(self, source: int, to: int, tokens: int) -> None:
-        """The first ``tokens`` slots of row ``to`` become those of row ``source``."""
-        for cache in self.layers:
-            cache[to, :tokens] = cache[source, :tokens]
+        """The first ``tokens`` positions of row ``to`` become those of row ``source``; what lies behind is lost."""
+        self._write(to, self._read(source, tokens), tokens)
+        self._number(to)
 
     def swap_rows(self, a: int, b: int, tokens: int) -> None:
-        """Exchange the first ``tokens`` slots of two rows."""
-        for cache in self.layers:
-            pair = mx.stack([cache[b, :tokens], cache[a, :tokens]])
-            cache[a, :tokens], cache[b, :tokens] = pair[0], pair[1]
+        """Exchange the first ``tokens`` positions of two rows; what lies behind is lost."""
+        first, second = self._read(a, tokens), self._read(b, tokens)
+        self._write(a, second, tokens)
+        self._write(b, first, tokens)
+        self._number(a)
+        self._number(b)
+
+    def _read(self, row: int, tokens: int) -> list[mx.array]:
+        """[tokens, 2 H, d] of every layer, in the order of positions."""
+        slots = self.slot_of[row, :tokens]
+        return [cache[row][slots] for cache in self.layers]
+
+    def _write(self, row: int, stored: Sequence[mx.array], tokens: int) -> None:
+        for cache, values in zip(self.layers, stored, strict=True):
+            cache[row, :tokens] = values
+
+    def _number(self, row: int) -> None:
+        """Positions of the row are its slots again."""
+        if row in self._renumbered:
+            self.slot_of[row] = self.position_of[row] = counting(self.slots)
+            self._renumbered.discard(row)
+            self._spread = self._spread if self._renumbered else 0
 
 
 def free_bytes() -> int:

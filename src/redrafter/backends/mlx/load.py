@@ -158,7 +158,8 @@ class MLXBackend(BaseBackend):
         speculate = self.drafter is not None and config.tree_size > 1
         depths = config.draft_length + 1 if speculate else 1
         caches, longest = self._caches if speculate else [self.target.cache], self._longest(state.lengths)
-        limits = [caches[0].round_up(longest + config.tree_size)]
+        caches[0].expect(state.lengths.shape[0], config.tree_size if speculate else 1)
+        limits = [caches[0].limit_of(longest, config.tree_size)]
         limits += [cache.round_up(longest + depths) for cache in caches[1:]]
         if not speculate:  # what waits for the drafter grows; a step that does not look at it keeps its shapes
             first = state.reading._replace(features=state.reading.features[:, :1], tokens=state.reading.tokens[:, :1])
@@ -195,7 +196,7 @@ class MLXBackend(BaseBackend):
 
     def _start_reading(self) -> None:
         """What was written into the caches is under way: a long prompt must not wait as one long list of operations."""
-        mx.async_eval([cache.layers for cache in self._caches])
+        mx.async_eval([cache.arrays for cache in self._caches])
 
     def no_features(self) -> mx.array:
         return mx.zeros(self.target.feature_size, dtype=self.target.mlx_dtype)

@@ -71,29 +71,31 @@ class MLXTarget:
         """Read ``token_ids`` [T] of one row at positions start.. into the cache: features [T, F]."""
         limit = start + token_ids.shape[0]
         position_1T = mx.arange(start, limit, dtype=mx.int64)[None]
+        self.cache.settle(row, start)
         self.cache.place(row, position_1T, limit)
         visible = counting(limit)[None, None, :] <= position_1T[:, :, None]
         features = self._forward(token_ids[None], position_1T, visible)[0]
-        mx.async_eval(features, self.cache.layers)
+        mx.async_eval(features, self.cache.arrays)
         return features
 
     def verify(self, tree: TokenTree, lengths_B: mx.array) -> tuple[mx.array, mx.array]:
         nodes = tree.tokens.shape[1]
-        limit = self.cache.limit_for(lengths_B, nodes)
-        self.cache.place(0, lengths_B[:, None] + counting(nodes), limit)
-        # Slot s holds a committed token, or node s - length of this tree, or nothing yet.
-        node_BS = counting(limit) - lengths_B[:, None]
+        cache, rows = self.cache, lengths_B.shape[0]
+        cache.expect(rows, nodes)
+        limit = cache.limit_for(lengths_B, nodes)
+        cache.place(0, cache.find(0, lengths_B[:, None] + counting(nodes)), limit)
+        # A slot holds a committed token, or the node of this tree whose number is its position - length, or nothing.
+        node_BS = cache.position_of[:rows, :limit] - lengths_B[:, None]
         in_tree_BS = (node_BS >= 0) & (node_BS < nodes)
-        index = mx.broadcast_to(mx.clip(node_BS, 0, nodes - 1)[:, None, :], (lengths_B.shape[0], nodes, limit))
+        index = mx.broadcast_to(mx.clip(node_BS, 0, nodes - 1)[:, None, :], (rows, nodes, limit))
         in_tree_BNS = mx.take_along_axis(tree.mask, index, axis=2) & in_tree_BS[:, None, :]
         visible_BNS = (node_BS < 0)[:, None, :] | in_tree_BNS
         features = self._forward(tree.tokens, lengths_B[:, None] + tree.depth, visible_BNS)
         return self._logits(features[..., : self.hidden_size]).astype(mx.float32), features
 
     def commit(self, lengths_B: mx.array, accepted: Accepted) -> None:
-        depth_D = counting(accepted.path.shape[1])
-        if depth_D.shape[0] > 1:  # the root already lies where it belongs
-            self.cache.move_slots(lengths_B[:, None] + accepted.path, lengths_B[:, None] + depth_D)
+        if self.cache.nodes > 1:  # the root already lies where it belongs
+            self.cache.keep_path(lengths_B, accepted.path)
 
     def _logits(self, hidden: mx.array) -> mx.array:
         return self.head.as_linear(hidden) if self.model.args.tie_word_embeddings else self.head(hidden)
