@@ -37,10 +37,16 @@ def main() -> None:
     model, drafter, *asked = sys.argv[1:]
     verbose = "-v" in asked
     sizes = [tuple(map(int, text.split("x"))) for text in asked if text != "-v"] or [(4, 4, 16)]
-    backend: Any = load(resolve(model), Path(drafter), backend="mlx", device="cpu", dtype="bfloat16", config=PLAIN).backend
+    backend: Any = load(
+        resolve(model), Path(drafter), backend="mlx", device="cpu", dtype="bfloat16", config=PLAIN
+    ).backend
     backend.reserve(1, SLOTS)
     for attention, _ in backend.target._layers:
         attention.side_by_side = True  # as on CUDA
+    settings = backend.drafter.drafter.config
+    wide = {"gru": 3, "rnn": 1}.get(settings.cell)
+    if wide:  # a table is looked into there
+        backend.drafter._table = mx.zeros((settings.vocab_size, wide * settings.state_size), dtype=mx.bfloat16)
     state = first_state(backend, PLAIN, backend.prefill(0, [5] * CACHED), root=1, length=CACHED)
     print(f"{'':24}launches fused kinds")
     show("plain", backend._whole_step, state, PLAIN, [backend.target.cache], verbose)
@@ -90,8 +96,10 @@ def _rope(x: mx.array, dims: int, **_: Any) -> mx.array:
 
 
 def _attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.array | None) -> mx.array:
-    return mx.cumsum(q, axis=-1) if mask is None else mx.addmm(
-        q, mx.broadcast_to(mask, (*q.shape[:3], mask.shape[3])), v[:, :1]
+    return (
+        mx.cumsum(q, axis=-1)
+        if mask is None
+        else mx.addmm(q, mx.broadcast_to(mask, (*q.shape[:3], mask.shape[3])), v[:, :1])
     )
 
 

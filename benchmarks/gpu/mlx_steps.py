@@ -71,11 +71,11 @@ def timed(name: str, start: Callable[[], Any], count: int = STEPS) -> None:
 def products(target: Any, rows: int) -> None:
     """Every layer's four products and the head's, one after the other, and nothing else."""
     x = mx.ones((1, rows, target.hidden_size), dtype=target.mlx_dtype)
-    for attention, mlp in target._layers:
-        wide = attention.heads * attention.module.head_dim if "head_dim" in vars(attention.module) else x.shape[-1]
-        x = attention.module.o_proj(attention._qkv(x)[..., :wide])
+    for layer, (attention, mlp) in zip(target.model.model.layers, target._layers, strict=True):
+        q, o_proj = attention._qkv(x), layer.self_attn.o_proj
+        x = o_proj(q[..., : q.shape[-1] * attention.heads // (attention.heads + 2 * attention.kv_heads)])
         both = mlp._both(x)
-        x = mlp._down(both[..., : both.shape[-1] // 2])
+        x = layer.mlp.down_proj(both[..., : both.shape[-1] // 2])
     mx.async_eval(target._logits(x))
 
 

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from redrafter.backends.mlx.kv_cache import KVCache
+from redrafter.backends.mlx.ops import constant
 
 Product = Callable[[mx.array], mx.array]
 UNSCALED = ("RoPE", "Llama3RoPE")
@@ -39,12 +40,7 @@ class Attention:
 
     def offsets(self, position_BN: mx.array) -> mx.array:
         """What the rotation of every vector starts from, [B N heads] int32: values are rotated by nothing."""
-        turned = self.heads + self.kv_heads
-        position = position_BN.reshape(-1, 1).astype(mx.int32)
-        offset = mx.broadcast_to(position, (position.shape[0], turned))
-        if self._rotate_values:
-            offset = mx.concatenate([offset, mx.zeros((position.shape[0], self.kv_heads), dtype=mx.int32)], axis=1)
-        return offset.reshape(-1)
+        return offsets(position_BN, self.heads + self.kv_heads, self.kv_heads if self._rotate_values else 0)
 
     def mask(self, visible_BNS: mx.array, dtype: mx.Dtype) -> mx.array:
         """[B, 1, rows of a query, S]: what to add to the scores."""
@@ -58,7 +54,7 @@ class Attention:
         return self.heads // self.kv_heads
 
     def __call__(self, x: mx.array, offset: mx.array, mask: mx.array, cache: KVCache, layer: int) -> mx.array:
-        """[B, N, D] -> [B, N, D]; keys and values go where the cache was told."""
+        """[B, N, D] -> [B, N, heads x d], before the output's product; keys and values go where the cache was told."""
         rows, nodes, _ = x.shape
         y = self._turned(self._qkv(x).reshape(rows * nodes, self.heads + 2 * self.kv_heads, -1), offset)
         y = y.reshape(rows, nodes, self.heads + 2 * self.kv_heads, -1)
@@ -69,9 +65,9 @@ class Attention:
             q = q.reshape(rows, self.kv_heads, self._group, -1)
             q = mx.concatenate([q, q], axis=2) if self._group == 1 else q
             out = mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask)
-            return self.module.o_proj(out[:, :, : self._group].reshape(rows, 1, -1))
+            return out[:, :, : self._group].reshape(rows, 1, -1)
         out = mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask)
-        return self.module.o_proj(out.transpose(0, 2, 1, 3).reshape(rows, nodes, -1))
+        return out.transpose(0, 2, 1, 3).reshape(rows, nodes, -1)
 
     def _turned(self, y: mx.array, offset: mx.array) -> mx.array:
         """[B N, heads, d] with its queries and keys normed, if the family norms them, and rotated."""
@@ -81,16 +77,35 @@ class Attention:
             k = self.module.k_norm(y[:, self.heads : turned])
             y = mx.concatenate([q, k, y[:, turned:]], axis=1)
         if self._rotate_values:
-            return self._rotate(y.reshape(-1, 1, 1, y.shape[-1]), offset).reshape(y.shape)
-        first = y[:, :turned]
-        first = self._rotate(first.reshape(-1, 1, 1, y.shape[-1]), offset).reshape(first.shape)
-        return mx.concatenate([first, y[:, turned:]], axis=1)
+            return rotate(self.module.rope, y, offset)
+        return mx.concatenate([rotate(self.module.rope, y[:, :turned], offset), y[:, turned:]], axis=1)
 
-    def _rotate(self, y: mx.array, offset: mx.array) -> mx.array:
-        """The rotary module takes one offset per entry of the first axis: vectors go on that axis."""
-        parts = range(0, y.shape[0], MAX_ROTATED)
-        done = [self.module.rope(y[i : i + MAX_ROTATED], offset=offset[i : i + MAX_ROTATED]) for i in parts]
-        return done[0] if len(done) == 1 else mx.concatenate(done)
+
+def offsets(position_BN: mx.array, turned: int, still: int) -> mx.array:
+    """[B N (turned + still)] int32: for ``rotate``, of which each token's first vectors are turned."""
+    position = position_BN.reshape(-1, 1).astype(mx.int32)
+    offset = mx.broadcast_to(position, (position.shape[0], turned))
+    if still:
+        offset = mx.concatenate([offset, constant((position.shape[0], still), 0, mx.int32)], axis=1)
+    return offset.reshape(-1)
+
+
+def rotate(rope: Callable[..., mx.array], y: mx.array, offset: mx.array) -> mx.array:
+    """Every vector of y [.., d] from its own position. A rotary function takes one offset per entry of the first axis:
+    vectors go on that axis."""
+    flat = y.reshape(-1, 1, 1, y.shape[-1])
+    parts = range(0, flat.shape[0], MAX_ROTATED)
+    done = [rope(flat[i : i + MAX_ROTATED], offset=offset[i : i + MAX_ROTATED]) for i in parts]
+    return (done[0] if len(done) == 1 else mx.concatenate(done)).reshape(y.shape)
+
+
+def plus(residual: mx.array, linear: nn.Module, x: mx.array) -> mx.array:
+    """residual + linear(x), for several rows by the product itself: one launch less. A lone row has a faster kernel
+    that adds nothing."""
+    if type(linear) is not nn.Linear or "bias" in linear or x.shape[0] * x.shape[1] == 1:
+        return residual + linear(x)
+    whole = mx.addmm(residual.reshape(-1, residual.shape[-1]), x.reshape(-1, x.shape[-1]), linear.weight.T)
+    return whole.reshape(residual.shape)
 
 
 def additive(visible: mx.array, dtype: mx.Dtype) -> mx.array:
@@ -101,14 +116,13 @@ def additive(visible: mx.array, dtype: mx.Dtype) -> mx.array:
 
 
 class GatedMLP:
-    """mlx-lm's SwiGLU with one product for gate and up."""
+    """A SwiGLU, mlx-lm's or the drafter's, with one product for gate and up; what its ``down_proj`` is given."""
 
     def __init__(self, mlp: Any) -> None:
-        self._down = mlp.down_proj
         self._both = joined([mlp.gate_proj, mlp.up_proj])
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self._down(swiglu(*mx.split(self._both(x), 2, axis=-1)))
+        return swiglu(*mx.split(self._both(x), 2, axis=-1))
 
 
 @partial(mx.compile, shapeless=True)

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from redrafter.backends.mlx.attention import GatedMLP, joined, plus, rotate
 from redrafter.drafter_config import DrafterConfig
 from redrafter.drafter_files import (
     AGAIN,
@@ -26,8 +27,8 @@ from redrafter.drafter_files import (
 )
 from redrafter.errors import CorruptModel
 
-Store = Callable[[int, mx.array, mx.array], tuple[mx.array, mx.array]]
-"""(layer, keys [B, H, T, d], values) -> all keys and values to attend to."""
+Store = Callable[[int, mx.array], tuple[mx.array, mx.array]]
+"""(layer, the new keys' heads and then the values' [B, T, 2 H, d]) -> all keys and values to look at, [B, H, S, d]."""
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)
 
 
@@ -36,17 +37,9 @@ def rms(x: mx.array) -> mx.array:
     return mx.fast.rms_norm(x, None, 1e-6)
 
 
-def rotary(position_BT: mx.array, width: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-    """cos and sin [B, 1, T, width] of the rotary embedding, base 10,000."""
-    half = mx.arange(0, width, 2, dtype=mx.float32) / width
-    angle = position_BT[..., None].astype(mx.float32) * (10_000.0**-half)
-    angle = mx.concatenate([angle, angle], axis=-1)[:, None]
-    return mx.cos(angle).astype(dtype), mx.sin(angle).astype(dtype)
-
-
-def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    first, second = mx.split(x, 2, axis=-1)
-    return x * cos + mx.concatenate([-second, first], axis=-1) * sin
+def rope(x: mx.array, offset: mx.array) -> mx.array:
+    """The rotary embedding, base 10,000, of vectors [n, 1, 1, d] at ``offset`` [n]."""
+    return mx.fast.rope(x, x.shape[-1], traditional=False, base=10_000.0, scale=1.0, offset=offset)
 
 
 class TrunkLayer(nn.Module):
@@ -66,46 +59,44 @@ class TrunkLayer(nn.Module):
         self.up_proj = nn.Linear(width, inner, bias=False)
         self.down_proj = nn.Linear(inner, width, bias=False)
 
-    def attend(
-        self, x: mx.array, rope: tuple[mx.array, mx.array], mask: mx.array | None, store: Store, layer: int
-    ) -> mx.array:
+    def join(self) -> None:
+        """One product for queries, keys and values, and one for gate and up. Once, when the weights are final."""
+        if self.heads:
+            self._qkv = joined([self.q_proj, self.k_proj, self.v_proj])
+        self._gated = GatedMLP(self)
+
+    def attend(self, x: mx.array, offset: mx.array, mask: mx.array, store: Store, layer: int) -> mx.array:
         rows, length, _ = x.shape
-        n = rms(x)
-
-        def split(y: mx.array) -> mx.array:
-            return y.reshape(rows, length, -1, self.head_width).transpose(0, 2, 1, 3)
-
-        q, k, v = split(self.q_proj(n)), split(self.k_proj(n)), split(self.v_proj(n))
-        keys, values = store(layer, rotate(k, *rope), v)
-        scale = self.head_width**-0.5
-        y = mx.fast.scaled_dot_product_attention(rotate(q, *rope), keys, values, scale=scale, mask=mask)
-        return x + self.o_proj(y.transpose(0, 2, 1, 3).reshape(rows, length, -1))
+        y = self._qkv(rms(x)).reshape(rows, length, -1, self.head_width)
+        y = rotate(rope, y, offset)
+        keys, values = store(layer, y[:, :, self.heads :])
+        q, scale = y[:, :, : self.heads].transpose(0, 2, 1, 3), self.head_width**-0.5
+        seen = mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask)
+        return plus(x, self.o_proj, seen.transpose(0, 2, 1, 3).reshape(rows, length, -1))
 
     def __call__(
-        self, x: mx.array, rope: tuple[mx.array, mx.array], mask: mx.array | None, store: Store, layer: int
+        self, x: mx.array, offset: mx.array | None, mask: mx.array | None, store: Store | None, layer: int
     ) -> mx.array:
-        if self.heads:
-            x = self.attend(x, rope, mask, store, layer)
-        n = rms(x)
-        return x + self.down_proj(nn.silu(self.gate_proj(n)) * self.up_proj(n))
+        if offset is not None and mask is not None and store is not None:
+            x = self.attend(x, offset, mask, store, layer)
+        return plus(x, self.down_proj, self._gated(rms(x)))
 
 
 class Trunk(nn.Module):
-    """[B, T, D] -> [B, T, D]. ``mask`` [B, 1, T, S], added to scores over what ``store`` returns."""
+    """[B, T, D] -> [B, T, D]. ``offset``: of every vector (``attention.offsets``); ``mask`` [B, 1, T, S], added to
+    scores over what ``store`` returns. A trunk without attention has none of the three."""
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
-        width, heads = config.width, config.trunk_heads
         self.window = config.trunk_window
-        self.head_width = width // heads if heads else 0
         self.layers = [
-            TrunkLayer(width, heads, config.trunk_kv_heads, config.trunk_expansion) for _ in range(config.trunk_layers)
+            TrunkLayer(config.width, config.trunk_heads, config.trunk_kv_heads, config.trunk_expansion)
+            for _ in range(config.trunk_layers)
         ]
 
-    def __call__(self, x: mx.array, position_BT: mx.array, mask: mx.array | None, store: Store) -> mx.array:
-        rope = rotary(position_BT, self.head_width, x.dtype) if self.head_width else (x, x)
+    def __call__(self, x: mx.array, offset: mx.array | None, mask: mx.array | None, store: Store | None) -> mx.array:
         for index, layer in enumerate(self.layers):
-            x = layer(x, rope, mask, store, index)
+            x = layer(x, offset, mask, store, index)
         return x
 
     def visible(self, query_BT: mx.array, key_BS: mx.array) -> mx.array:
@@ -153,28 +144,36 @@ class Drafter(nn.Module):
         else:
             self.exit: nn.Module = nn.Linear(config.exit_dim, config.hidden_size, bias=False)
 
+    def join(self) -> None:
+        """Fewer, larger products. Once, when the weights are final."""
+        if self.config.fused:
+            for layer in self.trunk.layers:
+                layer.join()
+        self._of_context = self._of_state = None
+        if self.config.exit_dim != self.config.width + self.config.state_size:
+            self._of_context, self._of_state = mx.split(self.input_proj.weight.T, [self.config.width])
+
     def context(
         self,
         features_BTF: mx.array,
         next_BTD: mx.array,
-        position_BT: mx.array,
+        offset: mx.array | None,
         mask: mx.array | None,
-        store: Store,
+        store: Store | None,
     ) -> mx.array:
         """What stays constant while one tree is drafted: features [B, T, F] and embeddings [B, T, D] of the tokens
         that follow them -> [B, T, C], C the drafter's width."""
         if not self.config.fused:
             return features_BTF[..., : self.config.hidden_size]
-        parts = [rms(x) for x in mx.split(features_BTF, 1 + len(self.config.feature_layers), axis=-1)]
-        x = self.fuse(mx.concatenate([*parts, rms(next_BTD)], axis=-1))
-        return rms(self.trunk(x, position_BT, mask, store))
+        x = mx.concatenate([features_BTF, next_BTD], axis=-1)
+        x = rms(x.reshape(*x.shape[:2], -1, self.config.hidden_size)).reshape(x.shape)
+        return rms(self.trunk(self.fuse(x), offset, mask, store))
 
-    def first_state(self, context: mx.array, root_embedding: mx.array) -> mx.array:
-        """s_1: the state after the root, from s_0. [..., C], [..., D] -> [..., state]."""
+    def zeroth_state(self, context: mx.array) -> mx.array:
+        """s_0: the context or zeros."""
         if self.config.context_state:
-            return self.next_state(context, root_embedding, 0)
-        zero = mx.zeros((*context.shape[:-1], self.config.state_size), dtype=context.dtype)
-        return self.next_state(zero, root_embedding, 0)
+            return context
+        return mx.zeros((*context.shape[:-1], self.config.state_size), dtype=context.dtype)
 
     def next_state(self, state: mx.array, embedding: mx.array, depth: int) -> mx.array:
         """[..., state], [..., D] -> [..., state]: read one more token; ``depth`` drafted tokens were read before it."""
@@ -205,12 +204,17 @@ class Drafter(nn.Module):
         z = mx.sigmoid(z_w + z_u)
         return (1 - z) * mx.tanh(n_w + mx.sigmoid(r_w + r_u) * n_u) + z * state
 
-    def exit_hidden(self, context: mx.array, state: mx.array) -> mx.array:
+    def exit_context(self, context: mx.array) -> mx.array:
+        """[..., C]: what of a context goes into every ``exit_hidden`` of a tree: its part of the product, if any."""
+        return context if self._of_context is None else mx.addmm(self.input_proj.bias, context, self._of_context)
+
+    def exit_hidden(self, exit_context: mx.array, state: mx.array) -> mx.array:
         """[..., exit_dim] (own head) or [..., D] (tied head): what the head is applied to. h first, as Apple's."""
-        context = mx.broadcast_to(context, (*state.shape[:-1], context.shape[-1]))
-        x = mx.concatenate([context, state], axis=-1)
-        if self.config.exit_dim != x.shape[-1]:
-            x = self.input_proj(x)
+        if self._of_state is None:
+            context = mx.broadcast_to(exit_context, (*state.shape[:-1], exit_context.shape[-1]))
+            x = mx.concatenate([context, state], axis=-1)
+        else:
+            x = mx.addmm(exit_context, state, self._of_state)
         for block in self.blocks:
             x = block(x)
         return x if self.config.head == "own" else self.exit(x)

@@ -8,15 +8,18 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from redrafter.algorithm.beam import Reading
-from redrafter.backends.mlx.attention import additive
+from redrafter.backends.mlx.attention import additive, offsets
 from redrafter.backends.mlx.drafter import Drafter
 from redrafter.backends.mlx.kv_cache import SLOT_STEP, KVCache
 from redrafter.backends.mlx.ops import counting
 
+TABLE_PART = 4096
+"""Tokens whose rows of a table are computed at once."""
+
 
 class DraftState(NamedTuple):
     context: mx.array
-    """[B, 1, C], C the drafter's width"""
+    """[B, 1, ..]: ``Drafter.exit_context``"""
     state: mx.array
     """[B, W, state]"""
     depth: int
@@ -26,7 +29,8 @@ class MLXDrafter:
     """What the beam search calls (``algorithm/beam.py``).
 
     embed: target ids -> [..., D]; head: exit hidden [..., X] -> logits over the draft vocabulary, whose target ids are
-    ``token_ids`` [V_d] (None: the target's own vocabulary).
+    ``token_ids`` [V_d] (None: the target's own vocabulary); table [V, 3 state or state]: what the cell adds of every
+    token (``token_table``), which turns the products of a drafted token's embedding into a look-up.
     """
 
     def __init__(
@@ -35,8 +39,11 @@ class MLXDrafter:
         embed: Callable[[mx.array], mx.array],
         head: Callable[[mx.array], mx.array],
         token_ids: mx.array | None,
+        table: mx.array | None = None,
     ) -> None:
+        drafter.join()
         self.drafter = drafter
+        self._table = table
         self.token_ids = token_ids
         self._embed = embed
         self._head = head
@@ -71,35 +78,46 @@ class MLXDrafter:
         pairs = reading.tokens.shape[1]
         first_B = mx.maximum(reading.first, 0)
         position_BT = first_B[:, None] + counting(pairs)
-        cache = self.cache
+        cache, config = self.cache, self.drafter.config
         if cache is None:
-            return self.drafter.context(features, next_BTD, position_BT, None, _no_store)
+            return self.drafter.context(features, next_BTD, None, None, None)
         limit = cache.limit_for(first_B, pairs)
         cache.place(row, position_BT, limit)
         visible = self.drafter.trunk.visible(position_BT, counting(limit)[None])
         mask = additive(visible, next_BTD.dtype)
 
-        def store(layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-            return cache.update(layer, keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3))
-
-        return self.drafter.context(features, next_BTD, position_BT, mask, store)
+        offset = offsets(position_BT, config.trunk_heads + config.trunk_kv_heads, config.trunk_kv_heads)
+        return self.drafter.context(features, next_BTD, offset, mask, cache.write)
 
     def begin(self, reading: Reading) -> DraftState:
         context_BTD = self.read(reading)
         row_B, last_B = counting(context_BTD.shape[0]), reading.count - 1
         context = context_BTD[row_B, last_B][:, None]
-        root = self._embed(reading.tokens[row_B, last_B])[:, None]
-        return DraftState(context, self.drafter.first_state(context, root), 0)
+        root_B1 = reading.tokens[row_B, last_B][:, None]
+        state = self._next(self.drafter.zeroth_state(context), root_B1, 0)
+        return DraftState(self.drafter.exit_context(context), state, 0)
 
     def extend(self, state: DraftState, beam_BW: mx.array, token_BW: mx.array) -> DraftState:
         parent = mx.take_along_axis(state.state, beam_BW[:, :, None], axis=1)
         depth = state.depth + 1
-        return DraftState(state.context, self.drafter.next_state(parent, self._embed(token_BW), depth), depth)
+        return DraftState(state.context, self._next(parent, token_BW, depth), depth)
+
+    def _next(self, state: mx.array, token: mx.array, depth: int) -> mx.array:
+        if self._table is None:
+            return self.drafter.next_state(state, self._embed(token), depth)
+        return self.drafter.take(state, self._table[token])
 
     def logits(self, state: DraftState) -> mx.array:
         return self._head(self.drafter.exit_hidden(state.context, state.state)).astype(mx.float32)
 
 
-def _no_store(layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-    """A trunk without attention keeps nothing."""
-    return keys, values
+def token_table(drafter: Drafter, embed: Callable[[mx.array], mx.array]) -> mx.array:
+    """[V, 3 state] (gru) or [V, state] (rnn): ``token_input`` of every token of the target, in the drafter's dtype."""
+    parts = []
+    for start in range(0, drafter.config.vocab_size, TABLE_PART):
+        ids = mx.arange(start, min(start + TABLE_PART, drafter.config.vocab_size))
+        parts.append(drafter.token_input(embed(ids)))
+        mx.eval(parts)
+    table = mx.concatenate(parts)
+    mx.eval(table)
+    return table

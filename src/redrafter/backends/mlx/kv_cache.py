@@ -190,6 +190,11 @@ class KVCache:
             self._spread = self._spread if self._renumbered else 0
 
 
+def on_cuda() -> bool:
+    """Whether an NVIDIA GPU computes."""
+    return mx.cuda.is_available() and mx.default_device() == mx.gpu
+
+
 def free_bytes() -> int:
     """Memory that can still be allocated: on a GPU what its driver recommends, on a CPU what the system has free;
     where neither says, more than anyone has."""

@@ -16,8 +16,8 @@ from redrafter.algorithm.tree import TokenTree
 from redrafter.backends.base import BaseBackend, Fetched
 from redrafter.backends.mlx.compiled import Steps
 from redrafter.backends.mlx.drafter import Drafter
-from redrafter.backends.mlx.drafting import MLXDrafter
-from redrafter.backends.mlx.kv_cache import KVCache
+from redrafter.backends.mlx.drafting import MLXDrafter, token_table
+from redrafter.backends.mlx.kv_cache import KVCache, on_cuda
 from redrafter.backends.mlx.ops import MLXOps
 from redrafter.backends.mlx.target import MLXTarget, check_architecture
 from redrafter.errors import CorruptModel, InvalidRequest, UnsupportedModel
@@ -224,24 +224,30 @@ class MLXBackend(BaseBackend):
         mx.synchronize()
 
 
-def bind(target: MLXTarget, drafter: Drafter, token_ids: mx.array | None, vocabulary: int = 0) -> MLXDrafter:
+def bind(
+    target: MLXTarget, drafter: Drafter, token_ids: mx.array | None, vocabulary: int = 0, table: bool | None = None
+) -> MLXDrafter:
     """A drafter at work on this target: cast, with the target's own embedding and, if tied, its head.
 
-    ``vocabulary``: how many of its own draft tokens, most frequent first, it may propose; 0 for all.
+    ``vocabulary``: how many of its own draft tokens, most frequent first, it may propose; 0 for all. ``table``: look
+    up what a gru or rnn reads of a token (``token_table``); None: on CUDA, where launches cost more than its memory.
     """
     drafter.set_dtype(target.mlx_dtype)
     drafter.eval()
     if token_ids is not None and vocabulary:
         token_ids = token_ids[:vocabulary]
     if drafter.config.head == "own":
-        rows = None if token_ids is None else mx.arange(token_ids.shape[0])
-        head = head_of(drafter.head, rows)
+        own = None if token_ids is None else mx.arange(token_ids.shape[0])
+        head = head_of(drafter.head, own)
     elif drafter.config.foldable and "scales" not in target.head:
         head = folded(target.head["weight"][token_ids], drafter)
     else:
         head = head_of(target.head, token_ids)
     mx.eval(drafter.parameters())
-    return MLXDrafter(drafter, target.embed, head, token_ids)
+    if table is None:
+        table = on_cuda()
+    rows = token_table(drafter, target.embed) if table and drafter.config.cell in ("gru", "rnn") else None
+    return MLXDrafter(drafter, target.embed, head, token_ids, rows)
 
 
 def folded(rows: mx.array, drafter: Drafter) -> Callable[[mx.array], mx.array]:

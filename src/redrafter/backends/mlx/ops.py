@@ -60,19 +60,20 @@ class MLXOps:
     def top_k(self, x: mx.array, k: int) -> tuple[mx.array, mx.array]:
         """Equal values by rising index. A long axis is searched in two stages, since a sort of a whole vocabulary for
         every beam costs more than the drafter: the k largest lie in the k chunks whose largest are largest."""
-        chunks = x.shape[-1] // CHUNK
+        # Of the negated scores the smallest are sought: MLX sorts upwards, and one negation serves every stage.
+        chunks, low = x.shape[-1] // CHUNK, -x
         if chunks < 4 * k:
-            index = self.argsort_descending(x)[..., :k]
+            index = mx.argsort(low, axis=-1)[..., :k].astype(mx.int64)
             return mx.take_along_axis(x, index, axis=-1), index
         rest = -x.shape[-1] % CHUNK
         if rest:
-            x = mx.concatenate([x, constant((*x.shape[:-1], rest), -mx.inf, x.dtype)], axis=-1)
-        parts = x.reshape(*x.shape[:-1], -1, CHUNK)
-        best = mx.sort(self.argsort_descending(parts.max(axis=-1))[..., :k], axis=-1)
+            low = mx.concatenate([low, constant((*x.shape[:-1], rest), mx.inf, x.dtype)], axis=-1)
+        parts = low.reshape(*x.shape[:-1], -1, CHUNK)
+        best = mx.sort(mx.argsort(parts.min(axis=-1), axis=-1)[..., :k], axis=-1)
         index = (best[..., None] * CHUNK + counting(CHUNK)).reshape(*x.shape[:-1], k * CHUNK)
         candidates = mx.take_along_axis(parts, best[..., None], axis=-2).reshape(*x.shape[:-1], k * CHUNK)
-        order = self.argsort_descending(candidates)[..., :k]
-        return mx.take_along_axis(candidates, order, axis=-1), mx.take_along_axis(index, order, axis=-1)
+        order = mx.argsort(candidates, axis=-1)[..., :k]
+        return -mx.take_along_axis(candidates, order, axis=-1), mx.take_along_axis(index, order, axis=-1)
 
     def argsort_descending(self, x: mx.array) -> mx.array:
         return mx.argsort(-x, axis=-1).astype(mx.int64)

@@ -14,8 +14,8 @@ import mlx.nn as nn
 
 from redrafter.algorithm.accept import Accepted
 from redrafter.algorithm.tree import TokenTree
-from redrafter.backends.mlx.attention import Attention, GatedMLP
-from redrafter.backends.mlx.kv_cache import KVCache
+from redrafter.backends.mlx.attention import Attention, GatedMLP, plus
+from redrafter.backends.mlx.kv_cache import KVCache, on_cuda
 from redrafter.backends.mlx.ops import counting
 from redrafter.errors import UnsupportedModel
 
@@ -48,7 +48,7 @@ class MLXTarget:
         width = getattr(model.args, "head_dim", None) or self.hidden_size // attention.n_heads
         self.cache = KVCache(len(layers), attention.n_kv_heads, width, self.mlx_dtype)
         if side_by_side is None:
-            side_by_side = mx.cuda.is_available() and mx.default_device() == mx.gpu
+            side_by_side = on_cuda()
         self._layers = [(Attention(layer.self_attn, side_by_side), GatedMLP(layer.mlp)) for layer in layers]
 
     @property
@@ -108,8 +108,9 @@ class MLXTarget:
         offset, mask = attention.offsets(position_BN), attention.mask(visible_BNS, x.dtype)
         kept = {}
         for index, (layer, (attend, mlp)) in enumerate(zip(body.layers, self._layers, strict=True)):
-            x = x + attend(layer.input_layernorm(x), offset, mask, self.cache, index)
-            x = x + mlp(layer.post_attention_layernorm(x))
+            seen = attend(layer.input_layernorm(x), offset, mask, self.cache, index)
+            x = plus(x, layer.self_attn.o_proj, seen)
+            x = plus(x, layer.mlp.down_proj, mlp(layer.post_attention_layernorm(x)))
             if index in self.feature_layers:
                 kept[index] = x
         parts = [body.norm(x), *(kept[index] for index in self.feature_layers)]
