@@ -29,7 +29,7 @@ from redrafter.params import PLAIN, DecodeConfig
 CACHED, SLOTS = 100, 256
 VIEWS = {
     *("Reshape", "Transpose", "Slice", "Broadcast", "BroadcastAxes", "ExpandDims", "Squeeze", "Split", "Flatten"),
-    *("Unflatten", "AsStrided", "StopGradient", "Depends", "Copy"),
+    *("Unflatten", "AsStrided", "StopGradient", "Depends", "Copy", "View"),
 }
 
 

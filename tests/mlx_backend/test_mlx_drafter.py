@@ -112,7 +112,7 @@ def test_folding_the_head_changes_no_draft(cell: str, width: int, quantised: boo
     assert isinstance(bound.drafter.exit, nn.Identity) != quantised
     torch.manual_seed(4)
     tokens = mx.array(torch.randint(96, (4, 10)).numpy())
-    first = mx.zeros(4, dtype=mx.int64)
+    first = mx.zeros(4, dtype=mx.int32)
     reading = Reading(mx.array(torch.randn(4, 10, 96).numpy()), tokens, first, first + 10)
     shape = DecodeConfig(beam_width=4, branching=4, draft_length=4, tree_size=24)
     found = []

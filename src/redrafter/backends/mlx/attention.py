@@ -83,7 +83,7 @@ class Attention:
 
 def offsets(position_BN: mx.array, turned: int, still: int) -> mx.array:
     """[B N (turned + still)] int32: for ``rotate``, of which each token's first vectors are turned."""
-    position = position_BN.reshape(-1, 1).astype(mx.int32)
+    position = position_BN.reshape(-1, 1)
     offset = mx.broadcast_to(position, (position.shape[0], turned))
     if still:
         offset = mx.concatenate([offset, constant((position.shape[0], still), 0, mx.int32)], axis=1)

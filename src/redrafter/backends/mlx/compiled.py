@@ -84,8 +84,8 @@ class Steps:
     def _pure(
         self, layout: Any, config: Any, caches: Sequence[KVCache], limits: tuple[int, ...], told: list[Any]
     ) -> Callable[[list[mx.array], list[list[mx.array]]], tuple[list[mx.array], list[list[mx.array]]]]:
-        """(arrays of the state, arrays of the caches) -> (arrays of the results, of the caches); the results' layout goes
-        to ``told``. The caches are only borrowed while the function runs."""
+        """(arrays of the state, of the caches) -> (arrays of the results, of the caches); the results' layout goes to
+        ``told``. The caches are only borrowed while the function runs."""
 
         def pure(leaves: list[mx.array], stored: list[list[mx.array]]) -> tuple[list[mx.array], list[list[mx.array]]]:
             before = [cache.arrays for cache in caches]

@@ -151,7 +151,10 @@ class Drafter(nn.Module):
                 layer.join()
         self._of_context = self._of_state = None
         if self.config.exit_dim != self.config.width + self.config.state_size:
-            self._of_context, self._of_state = mx.split(self.input_proj.weight.T, [self.config.width])
+            parts = mx.split(self.input_proj.weight, [self.config.width], axis=1)
+            # Copies, since a product wants the rows of a matrix to follow each other.
+            self._of_context, self._of_state = (mx.contiguous(part).T for part in parts)
+            mx.eval(self._of_context, self._of_state)
 
     def context(
         self,
@@ -272,4 +275,4 @@ def _token_ids(path: Path, config: DrafterConfig, ids: mx.array | None) -> mx.ar
         raise CorruptModel(f"{path}: token_ids must be {config.draft_vocabulary} distinct token ids; {AGAIN}")
     if min(listed) < 0 or max(listed) >= config.vocab_size:
         raise CorruptModel(f"{path}: token_ids must lie below vocab_size={config.vocab_size}; {AGAIN}")
-    return mx.array(listed, dtype=mx.int64)
+    return mx.array(listed, dtype=mx.int32)

@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from redrafter.backends.mlx.ops import counting
+from redrafter.backends.mlx.ops import ascending, counting
 from redrafter.errors import OutOfMemory
 
 SLOT_STEP = 64
@@ -29,7 +29,7 @@ class KVCache:
     ``place`` says where the next forward's tokens go; every layer's ``update`` then writes there and returns the slots
     in use. Rows past the running ones and slots past ``limit`` are not looked at.
 
-    ``slot_of`` [rows, slots] int64: where position p of a row lies, p itself until ``keep_path`` renumbers;
+    ``slot_of`` [rows, slots] int32: where position p of a row lies, p itself until ``keep_path`` renumbers;
     ``position_of``: its inverse.
     """
 
@@ -37,7 +37,7 @@ class KVCache:
         self.heads, self.head_width = heads, head_width
         self._dtype = dtype
         self.layers = [mx.zeros((0, 0, 2 * heads, head_width), dtype=dtype) for _ in range(layers)]
-        self.slot_of = self.position_of = mx.zeros((0, 0), dtype=mx.int64)
+        self.slot_of = self.position_of = mx.zeros((0, 0), dtype=mx.int32)
         self._renumbered: set[int] = set()
         """rows whose positions may not be their slots"""
         self._spread = 0
@@ -47,7 +47,7 @@ class KVCache:
         self.limit: int | None = None
         """slots that attention looks at, where the caller knows it without asking the device"""
         self._rows = slice(0, 0)
-        self._row_B1 = mx.zeros((0, 1), dtype=mx.int64)
+        self._row_B1 = mx.zeros((0, 1), dtype=mx.int32)
         self._slot_BN = self._row_B1
         self._limit = 0
 
@@ -146,7 +146,7 @@ class KVCache:
         rows, depths = path_BD.shape
         node_N, row_B1 = counting(self.nodes), counting(rows)[:, None]
         place_BDN = mx.where(path_BD[:, :, None] == node_N, counting(depths)[:, None], self.nodes + node_N)
-        order_BN = mx.argsort(place_BDN.min(axis=1), axis=1)
+        order_BN = ascending(place_BDN.min(axis=1))
         position_BN = lengths_B[:, None] + node_N
         slot_BN = mx.take_along_axis(self.find(0, position_BN), order_BN, axis=1)
         self.slot_of[row_B1, position_BN] = slot_BN

@@ -212,7 +212,7 @@ class MLXBackend(BaseBackend):
             self.drafter.swap_rows(a, b, tokens)
 
     def array(self, values: Any) -> mx.array:
-        return mx.array(values, dtype=mx.int64)
+        return mx.array(values, dtype=mx.int32)
 
     def floats(self, values: Any) -> mx.array:
         return mx.array(values, dtype=mx.float32)

@@ -1,7 +1,8 @@
 """The algorithm's array functions on MLX arrays (see ``algorithm/ops.py`` for what each promises).
 
-MLX counts in int32 and uint32 where torch counts in int64: indices and sums are cast. ``like`` names a device in
-torch; MLX arrays have none, the default device computes.
+Integers are int32 where torch's are int64: token ids, slots and their sums fit, MLX's own indices are 32 bits wide
+(``view`` renames them for nothing, a cast would be a launch), and CUDA compiles what gathers and scatters once per
+type. ``like`` names a device in torch; MLX arrays have none, the default device computes.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ from functools import lru_cache
 
 import mlx.core as mx
 
-_DTYPE = {bool: mx.bool_, int: mx.int64, float: mx.float32}
+_DTYPE = {bool: mx.bool_, int: mx.int32, float: mx.float32}
 CHUNK = 128
 """Scores per chunk of a long axis in ``top_k``."""
 
 
 @lru_cache(maxsize=1024)
 def counting(n: int) -> mx.array:
-    """[n] int64: 0, 1, 2 .. Computed once: in a compiled step it is a constant and no launch."""
-    numbers = mx.arange(n, dtype=mx.int64)
+    """[n] int32: 0, 1, 2 .. Computed once: in a compiled step it is a constant and no launch."""
+    numbers = mx.arange(n, dtype=mx.int32)
     mx.eval(numbers)
     return numbers
 
@@ -30,6 +31,11 @@ def constant(shape: tuple[int, ...], value: float | int | bool, dtype: mx.Dtype)
     filled = mx.full(shape, value, dtype=dtype)
     mx.eval(filled)
     return filled
+
+
+def ascending(x: mx.array) -> mx.array:
+    """The order of the last axis, smallest first, int32. Stable."""
+    return mx.argsort(x, axis=-1).view(mx.int32)
 
 
 class MLXOps:
@@ -63,29 +69,29 @@ class MLXOps:
         # Of the negated scores the smallest are sought: MLX sorts upwards, and one negation serves every stage.
         chunks, low = x.shape[-1] // CHUNK, -x
         if chunks < 4 * k:
-            index = mx.argsort(low, axis=-1)[..., :k].astype(mx.int64)
+            index = ascending(low)[..., :k]
             return mx.take_along_axis(x, index, axis=-1), index
         rest = -x.shape[-1] % CHUNK
         if rest:
             low = mx.concatenate([low, constant((*x.shape[:-1], rest), mx.inf, x.dtype)], axis=-1)
         parts = low.reshape(*x.shape[:-1], -1, CHUNK)
-        best = mx.sort(mx.argsort(parts.min(axis=-1), axis=-1)[..., :k], axis=-1)
+        best = mx.sort(ascending(parts.min(axis=-1))[..., :k], axis=-1)
         index = (best[..., None] * CHUNK + counting(CHUNK)).reshape(*x.shape[:-1], k * CHUNK)
         candidates = mx.take_along_axis(parts, best[..., None], axis=-2).reshape(*x.shape[:-1], k * CHUNK)
-        order = mx.argsort(candidates, axis=-1)[..., :k]
+        order = ascending(candidates)[..., :k]
         return -mx.take_along_axis(candidates, order, axis=-1), mx.take_along_axis(index, order, axis=-1)
 
     def argsort_descending(self, x: mx.array) -> mx.array:
-        return mx.argsort(-x, axis=-1).astype(mx.int64)
+        return ascending(-x)
 
     def argmax(self, x: mx.array) -> mx.array:
-        return mx.argmax(x, axis=-1).astype(mx.int64)
+        return mx.argmax(x, axis=-1).view(mx.int32)
 
     def amax(self, x: mx.array) -> mx.array:
         return mx.max(x, axis=-1, keepdims=True)
 
     def sum(self, x: mx.array) -> mx.array:
-        return mx.sum(x if mx.issubdtype(x.dtype, mx.floating) else x.astype(mx.int64), axis=-1)
+        return mx.sum(x, axis=-1)
 
     def cumsum(self, x: mx.array) -> mx.array:
         return mx.cumsum(x, axis=-1)

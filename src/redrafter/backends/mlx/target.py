@@ -70,11 +70,11 @@ class MLXTarget:
     def prefill(self, row: int, token_ids: mx.array, start: int) -> mx.array:
         """Read ``token_ids`` [T] of one row at positions start.. into the cache: features [T, F]."""
         limit = start + token_ids.shape[0]
-        position_1T = mx.arange(start, limit, dtype=mx.int64)[None]
+        position_1T = mx.arange(start, limit, dtype=mx.int32)[None]
         self.cache.settle(row, start)
         self.cache.place(row, position_1T, limit)
         visible = counting(limit)[None, None, :] <= position_1T[:, :, None]
-        features = self._forward(token_ids[None], position_1T, visible)[0]
+        features = self._forward(token_ids[None], position_1T, visible)[1][0]
         mx.async_eval(features, self.cache.arrays)
         return features
 
@@ -90,8 +90,8 @@ class MLXTarget:
         index = mx.broadcast_to(mx.clip(node_BS, 0, nodes - 1)[:, None, :], (rows, nodes, limit))
         in_tree_BNS = mx.take_along_axis(tree.mask, index, axis=2) & in_tree_BS[:, None, :]
         visible_BNS = (node_BS < 0)[:, None, :] | in_tree_BNS
-        features = self._forward(tree.tokens, lengths_B[:, None] + tree.depth, visible_BNS)
-        return self._logits(features[..., : self.hidden_size]).astype(mx.float32), features
+        hidden, features = self._forward(tree.tokens, lengths_B[:, None] + tree.depth, visible_BNS)
+        return self._logits(hidden).astype(mx.float32), features
 
     def commit(self, lengths_B: mx.array, accepted: Accepted) -> None:
         if self.cache.nodes > 1:  # the root already lies where it belongs
@@ -100,8 +100,9 @@ class MLXTarget:
     def _logits(self, hidden: mx.array) -> mx.array:
         return self.head.as_linear(hidden) if self.model.args.tie_word_embeddings else self.head(hidden)
 
-    def _forward(self, ids_BN: mx.array, position_BN: mx.array, visible_BNS: mx.array) -> mx.array:
-        """Features [B, N, F] of the tokens, whose keys and values go where the cache was told."""
+    def _forward(self, ids_BN: mx.array, position_BN: mx.array, visible_BNS: mx.array) -> tuple[mx.array, mx.array]:
+        """Last hidden states [B, N, D] and features [B, N, F] of the tokens, whose keys and values go where the cache
+        was told."""
         body = self.model.model
         x = body.embed_tokens(ids_BN)
         attention = self._layers[0][0]
@@ -114,7 +115,7 @@ class MLXTarget:
             if index in self.feature_layers:
                 kept[index] = x
         parts = [body.norm(x), *(kept[index] for index in self.feature_layers)]
-        return mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+        return parts[0], mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
 
 
 def check_architecture(model: Any) -> None:
