@@ -1,5 +1,7 @@
 """Products of 2 to 64 rows against plain torch."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -60,11 +62,11 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(workspace: Workspace) -> No
 def test_cuts_fit_the_shared_memory_and_the_workspace() -> None:
     rooms = Workspace(torch.device("cpu"))
     for n, k in ((12288, 4096), (4096, 4096), (11008, 4096), (4096, 11008), (960, 576), (576, 1536), (1536, 576)):
-        for gated in (False, True):
-            cut = plan(n, k, gated)
-            block = cut.BN * (2 if gated else 1) + 64
+        for gated, rows in product((False, True), (2, 64)):
+            cut = plan(rows, n, k, gated)
+            block = cut.BN * (2 if gated else 1) + max(rows, 16)
             assert block * cut.BK * 2 * cut.stages <= 227 * 1024
-            assert cut.split == 1 or (not gated and cut.split * 64 * n <= len(rooms.partial))
+            assert cut.split == 1 or (not gated and cut.split * rows * n <= len(rooms.partial))
             assert -(-n // cut.BN) <= len(rooms.arrived)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
 from redrafter.algorithm.tree import TokenTree
@@ -63,10 +64,21 @@ def fast_attention(
         mask = torch.zeros_like(attention_mask, dtype=torch.float32).masked_fill(~attention_mask, float("-inf"))
         mask = mask.repeat(1, 1, groups, 1)
         return exact_attention(module, query, key.float(), value.float(), mask, **settings)
-    grouped = query.shape[1] != key.shape[1]
-    scaling = settings.get("scaling")
-    y = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=grouped)
+    y = masked_attention(query, key, value, attention_mask, settings.get("scaling"))
     return y.transpose(1, 2).contiguous(), None
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None = None) -> Tensor:
+    """[B, H, N, d] through torch's own kernels, but not cuDNN's: those are compiled for every length of a prompt, and
+    torch prefers them where heads share keys. So each head is given its own."""
+    if query.device.type == "cuda":
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:
+            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped)
 
 
 def kernel_attention(

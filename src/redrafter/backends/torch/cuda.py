@@ -22,7 +22,7 @@ from redrafter.backends.torch.kernels import step as kernels
 from redrafter.backends.torch.kernels.matmul import MAX_ROWS, few_rows, gru_step
 from redrafter.backends.torch.kernels.outcome import pack_outcome
 from redrafter.backends.torch.kernels.trunk import LastContext
-from redrafter.backends.torch.kernels.window import MAX_PAIRS, window_attention
+from redrafter.backends.torch.kernels.window import window_attention
 from redrafter.backends.torch.load import TorchBackend, bind
 from redrafter.backends.torch.target import TorchTarget
 from redrafter.backends.torch.trunk import Attend
@@ -30,6 +30,8 @@ from redrafter.params import MAX_TREE, DecodeConfig
 
 SPARE_SLOTS = 2 * MAX_TREE
 """Cache slots beyond the context: a tree at its end, and what a step ahead of an answer's end writes."""
+STEP_PAIRS = 16
+"""The trunk's kernel is compiled for every number of pairs: for those of a step, not for every length of a prompt."""
 IN_FLIGHT = 3
 """Pinned buffers per kind of outcome: one being read, one on its way, one being launched."""
 
@@ -156,7 +158,7 @@ class KernelDrafter(TorchDrafter):
         return torch.where(reading.first <= IDLE, self._keys[0].shape[2] - reading.tokens.shape[1], first_B)
 
     def _attention(self, rows: slice, position_BT: Tensor) -> Attend:
-        if position_BT.shape[1] > MAX_PAIRS:
+        if position_BT.shape[1] > STEP_PAIRS:
             return super()._attention(rows, position_BT)
         first_B = position_BT[:, 0].contiguous()
         window = self.drafter.config.trunk_window

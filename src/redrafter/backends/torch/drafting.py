@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from redrafter.algorithm.beam import Reading
+from redrafter.backends.torch.attention import masked_attention
 from redrafter.backends.torch.drafter import Drafter
-from redrafter.backends.torch.trunk import Attend, within
+from redrafter.backends.torch.trunk import Attend
 from redrafter.errors import InvalidRequest
 
 
@@ -92,13 +93,14 @@ class TorchDrafter:
         """Attention of new pairs at these positions over all that is kept of their rows, themselves included."""
         limit = self._limit(position_BT)
         slots = torch.arange(limit, device=position_BT.device)[None]
-        look = within(self.drafter.trunk.visible(position_BT, slots))
+        mask = self.drafter.trunk.visible(position_BT, slots)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             for cache, new in ((self._keys[layer], k), (self._values[layer], v)):
                 index = position_BT[:, None, :, None].expand(new.shape)
                 cache[rows].scatter_(2, index, new)
-            return look(layer, q, self._keys[layer][rows, :, :limit], self._values[layer][rows, :, :limit])
+            keys, values = (cache[layer][rows, :, :limit] for cache in (self._keys, self._values))
+            return masked_attention(q, keys, values, mask)
 
         return attend
 

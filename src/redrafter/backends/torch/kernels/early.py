@@ -19,11 +19,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def start_early(EARLY: tl.constexpr):
-    """First statement of such a kernel: the successor may be launched from now on, and everything that the predecessor
-    wrote is visible afterwards."""
+    """First statement of such a kernel: everything that the predecessor wrote is visible afterwards, and the successor
+    may be launched. (The other way round a whole chain would be launched and wait on the multiprocessors.)"""
     if EARLY:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
 
 
 @cache
@@ -32,6 +32,5 @@ def _hopper(device: torch.device) -> bool:
 
 
 def early(like: Tensor) -> dict[str, Any]:
-    """Arguments of a launch whose kernel calls ``start_early(EARLY)``. Below compute capability 9.0 the kernel is compiled
-    without it."""
+    """Arguments of a launch whose kernel calls ``start_early(EARLY)``. Nothing below compute capability 9.0."""
     return {"EARLY": True, "launch_pdl": True} if _hopper(like.device) else {"EARLY": False}

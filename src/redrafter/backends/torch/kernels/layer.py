@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from redrafter.backends.torch.attention import KERNEL
+from redrafter.backends.torch.attention import KERNEL, masked_attention
 from redrafter.backends.torch.fused import LAYERS, is_silu
 from redrafter.backends.torch.kernels.attention import tree_attention
 from redrafter.backends.torch.kernels.commit import KernelCache
@@ -184,8 +184,7 @@ class FusedCudaLayer(nn.Module):
         q = rope_write(qkv, rope, stored, norms)
         keys, values, _ = stored
         if mask.dtype == torch.bool:
-            grouped = q.shape[1] != keys.shape[1]
-            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=self.scaling, enable_gqa=grouped)
+            y = masked_attention(q, keys, values, mask, self.scaling)
             return y.transpose(1, 2).reshape(*qkv.shape[:2], -1)
         lengths_B, words = mask[:, 0, 0, 2], mask[:, 0]
         return tree_attention(q, keys, values, lengths_B, words, self.scaling, arrived=self._workspace.arrived)

@@ -48,13 +48,18 @@ class Cut(NamedTuple):
     stages: int
 
 
-def plan(N: int, K: int, gated: bool) -> Cut:
+def plan(M: int, N: int, K: int, gated: bool) -> Cut:
     """Fastest in a search over the shapes of Llama-2-7B and SmolLM2-135M at 16 and 64 rows."""
+    few = M <= 32
     if K < 2048:
-        return Cut(16, 64, 3 if K > 1024 and not gated else 1, 4, 5)
+        if K > 1024 and not gated:
+            return Cut(16, 128, 3, 4, 3 if few else 4)
+        return Cut(64 if few or gated else 16, 128, 1, 4, 3)
     if gated:
-        return Cut(64, 64, 1, 4, 4)
-    return Cut(128, 128, 1, 4, 4) if N > 8192 else Cut(64, 128, 2, 4, 4)
+        return Cut(64, 64, 1, 4, 4 if few else 3)
+    if N > 8192:
+        return Cut(32, 128, 1, 4, 6) if few else Cut(128, 128, 1, 8, 3)
+    return Cut(64, 128, 4 if K <= 4096 else 2, 4, 4) if few else Cut(64, 128, 1, 4, 6)
 
 
 @triton.jit
@@ -74,6 +79,11 @@ def _stream(
     start_early(EARLY)
     tile, part = tl.program_id(0), tl.program_id(1)
     dtype: tl.constexpr = y.dtype.element_ty
+    m = tl.arange(0, BM)
+    if NORM:  # on its way while weights are multiplied
+        t = tl.arange(0, TILES_P)
+        read = (t < tiles)[:, None] & (m < M)[None, :]
+        sums = tl.load(squares + t[:, None] * M + m[None, :], mask=read, other=0.0)
     acc = tl.zeros((BN, BM), tl.float32)
     up = tl.zeros((BN, BM), tl.float32)
     steps: tl.constexpr = ((K + BK - 1) // BK + SPLIT - 1) // SPLIT
@@ -84,7 +94,6 @@ def _stream(
         if GATED:
             up = tl.dot(w.load([N + tile * BN, k]), v, up, input_precision=PRECISION)
     n = tile * BN + tl.arange(0, BN)
-    m = tl.arange(0, BM)
     place = n.to(tl.int64)[:, None] + m[None, :] * N
     live = (n < N)[:, None] & (m < M)[None, :]
     last = True
@@ -100,10 +109,7 @@ def _stream(
                 acc += tl.load(partial + other * size + place, mask=live, other=0.0, cache_modifier=".cg")
             tl.store(arrived + tile, 0)
         if NORM:
-            t = tl.arange(0, TILES_P)
-            read = (t < tiles)[:, None] & (m < M)[None, :]
-            total = tl.sum(tl.load(squares + t[:, None] * M + m[None, :], mask=read, other=0.0), 0)
-            scale = tl.rsqrt(total / K + eps)[None, :]
+            scale = tl.rsqrt(tl.sum(sums, 0) / K + eps)[None, :]
             acc *= scale
             up *= scale
         if GATED:
@@ -139,7 +145,7 @@ def stream(
     N = weight.shape[0] // (2 if gated else 1)
     assert values.is_contiguous() and weight.is_contiguous() and M <= MAX_ROWS
     assert residual_MN is None or residual_MN.is_contiguous()
-    cut = cut or plan(N, K, gated)
+    cut = cut or plan(M, N, K, gated)
     tiles = triton.cdiv(N, cut.BN)
     y = torch.empty(M, N, dtype=values.dtype, device=values.device)
     behind = None
