@@ -99,8 +99,8 @@ def test_logits_are_torch_s_at_every_depth(variant: dict, tmp_path: Path) -> Non
 
 @torch.no_grad()
 @pytest.mark.parametrize(("cell", "width", "quantised"), [("gru", 0, False), ("rnn", 16, False), ("gru", 16, True)])
-def test_folding_the_head_changes_no_draft(cell: str, width: int, quantised: bool, tmp_path: Path) -> None:
-    """A quantised head stays as it is: its rows are fewer bytes than the product."""
+def test_folding_and_a_table_change_no_draft(cell: str, width: int, quantised: bool, tmp_path: Path) -> None:
+    """A quantised head stays as it is: its rows are fewer bytes than the product. The table has a row per token."""
     model = write_model(tmp_path / "model", "llama")
     if quantised:
         model = write_quantised(tmp_path / "quantised", model)
@@ -116,11 +116,14 @@ def test_folding_the_head_changes_no_draft(cell: str, width: int, quantised: boo
     reading = Reading(mx.array(torch.randn(4, 10, 96).numpy()), tokens, first, first + 10)
     shape = DecodeConfig(beam_width=4, branching=4, draft_length=4, tree_size=24)
     found = []
-    for worker in (bound, plain):
+    tabled = bind(target, *load_drafter(where), table=True)
+    assert plain._table is bound._table is None and tabled._table.shape[0] == target.vocab_size
+    for worker in (plain, bound, tabled):
         worker.allocate(4, 32)
         found.append(draft(MLXOps(), worker, reading, tokens[:, -1], shape))
-    assert found[0].tokens.tolist() == found[1].tokens.tolist()
-    np.testing.assert_allclose(np.array(found[0].score), np.array(found[1].score), atol=1e-4)
+    for other in found[1:]:
+        assert other.tokens.tolist() == found[0].tokens.tolist()
+        np.testing.assert_allclose(np.array(other.score), np.array(found[0].score), atol=1e-4)
 
 
 def assert_close(ours, theirs, m: MLXDrafter, t: TorchDrafter) -> None:
