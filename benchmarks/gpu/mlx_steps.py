@@ -31,22 +31,24 @@ SINCE = time.perf_counter()
 
 def main() -> None:
     model, drafter, *asked = sys.argv[1:]
-    sizes = [tuple(map(int, text.split("x"))) for text in asked or ["4x4x16", "2x4x8", "4x5x16", "4x6x24"]]
+    names = asked or ["4x4x16", "2x4x8", "4x6x24", "8x8x48"]
+    sizes = [tuple(map(int, name.split("x"))) for name in names]
     configs = [DecodeConfig(beam_width=w, branching=w, draft_length=n, tree_size=t) for w, n, t in sizes]
     device = "gpu" if mx.is_available(mx.gpu) else "cpu"
     backend: Any = load(resolve(model), Path(drafter), backend="mlx", device=device, config=PLAIN).backend
     backend.reserve(1, SLOTS)
     tell("loaded")
-    for nodes in (1, 16):
+    for nodes in (1, 8, 16, 32):
         timed(f"products of {nodes} rows", lambda nodes=nodes: products(backend.target, nodes))
     for compiled in (False, True):
         backend.steps.compiled = compiled
         whole("plain", backend, PLAIN)
-        parts(backend, configs[0])
-        for config, size in zip(configs, asked or sizes, strict=True):
-            whole(f"whole {size}", backend, config)
         if not compiled:
             tell(f"mlx-lm {_mlx_lm(backend):.2f} ms per token")
+            parts(backend, configs[0])
+        for config, size in zip(configs, names, strict=True):
+            whole(f"whole {size}", backend, config)
+    parts(backend, configs[0])
 
 
 def tell(line: str) -> None:
