@@ -60,13 +60,11 @@ def open_instrument(
     del small
     if cpu or not compile:
         backend = TorchBackend(make_target(model, layers), large, max_context, eos)
-        backend.reserve(max_batch, max_context + 2 * MAX_TREE)
     else:
-        from redrafter.backends.torch.cuda import SPARE_SLOTS, GraphBackend
+        from redrafter.backends.torch.cuda import GraphBackend
 
-        backend = recorded = GraphBackend(make_target(model, layers), large, max_context, eos)
-        recorded.reserve(max_batch, max_context + SPARE_SLOTS)
-        recorded.prepare()
+        backend = GraphBackend(make_target(model, layers), large, max_context, eos)
+    backend.reserve(max_batch, max_context + 2 * MAX_TREE)
     if config is None:
         candidates = known_shapes(read_config(drafter).get("metadata") or {})
         engine = Engine(backend, Adaptive(time_shapes(backend, candidates, max_batch)), max_batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,6 @@ from redrafter.backends.torch.kernels.outcome import pack_outcome
 from redrafter.backends.torch.kernels.trunk import LastContext
 from redrafter.backends.torch.kernels.window import window_attention
 from redrafter.backends.torch.load import TorchBackend, bind
-from redrafter.backends.torch.prompt import LENGTHS, PromptReader
 from redrafter.backends.torch.target import TorchTarget
 from redrafter.backends.torch.trunk import Attend
 from redrafter.params import MAX_TREE, DecodeConfig
@@ -55,9 +54,7 @@ class GraphBackend(TorchBackend):
             kind = partial(KernelDrafter, embedding=target.model.get_input_embeddings().weight)
             self.drafter = bind(target, drafter, table=table, kind=kind)
         self.run_ahead = True
-        record = record or CudaRecorder(target.device)
-        self._runner = GraphRunner(self.whole_step, record, lambda: self.rows)
-        self._read_prompt = PromptReader(target, self.drafter, record)
+        self._runner = GraphRunner(self.whole_step, record or CudaRecorder(target.device), lambda: self.rows)
         self._pinned: dict[Any, list[Any]] = {}
         self._told: Any = None
 
@@ -75,20 +72,6 @@ class GraphBackend(TorchBackend):
         super().reserve(rows, tokens)
         if (self.rows, self.slots) != before:
             self._runner.clear()
-            self._read_prompt.clear()
-
-    def prepare(self) -> None:
-        """Record what reads prompts, before there are any."""
-        for length in LENGTHS:
-            self.prefill(0, [0] * min(length, self.context_limit))
-
-    def prefill_chunk(
-        self, row: int, token_ids: Sequence[int], start: int, before: Tensor | None
-    ) -> tuple[Tensor, int]:
-        """A prompt's last tokens are read by a graph: a shorter way to the first token of an answer."""
-        if len(token_ids) - start > LENGTHS[-1] or not self.target.reads_chains:
-            return super().prefill_chunk(row, token_ids, start, before)
-        return self._read_prompt(row, token_ids[start:], start, before), len(token_ids)
 
     def step(self, state: DecodeState, config: DecodeConfig) -> tuple[DecodeState, Accepted, TokenTree]:
         view = self._runner(state, config)
