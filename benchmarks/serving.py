@@ -218,6 +218,7 @@ def main(arguments: list[str]) -> int:
     command = shlex.join(["python", "benchmarks/serving.py", *map(portable, arguments)])
     settings = {name: getattr(args, name) for name in (*OPTIONS, "tiny", "count", "seed")}
     settings["model"] = None if args.tiny else portable(args.model)
+    settings["drafter"] = portable(args.drafter)
     details = {"settings": {**settings, "plain": True}, **details}
     write_json(args.out, measured(metrics, torch.device(args.device), command, details))
     print(*(f"{name:28}{value:>16.6g} {unit}" for name, (value, unit) in metrics.items()), sep="\n")
