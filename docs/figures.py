@@ -59,7 +59,7 @@ MEANING = {
     "gpu_worst_adaptive": "smallest speed-up over all models, batches and temperatures, shape chosen by the program",
     "gpu_fp32_forks": "answers on the GPU that differ from plain decoding, float32",
     "mlx_cpu_equal_prompts": "prompts with equal ids on torch and MLX, float32",
-    "mlx_cuda_speedup_greedy": "7B-shape instrument on MLX, drafter of its width: speculative over plain, greedy, batch 1",
+    "mlx_cuda_speedup_greedy": "7B-shape instrument on MLX, drafter of its width: speculative over plain, greedy",
     "mlx_plain_vs_mlxlm": "7B-shape instrument on MLX: our plain decoding over mlx-lm's own",
 }
 
