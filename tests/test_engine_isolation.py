@@ -105,9 +105,9 @@ def test_the_load_is_what_is_there(backend: TorchBackend) -> None:
     for _ in range(4):
         engine.step()
     load = engine.load
-    # The first has taken four steps, the second three; each has its prompt but the root in the cache, and its steps.
+    # Both were read before the first step; each has its prompt but the root in the cache, and its steps.
     assert (load.running, load.waiting, load.parked_rows) == (2, 1, 0)
-    assert load.slots_in_use == (len(PROMPT) - 1 + 4) + (len(PROMPT) - 2 + 3)
+    assert load.slots_in_use == (len(PROMPT) - 1 + 4) + (len(PROMPT) - 2 + 4)
     assert load.cache_share == load.slots_in_use / (backend.rows * backend.slots)
     while engine.has_work:
         engine.step()

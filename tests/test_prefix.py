@@ -111,7 +111,7 @@ def test_the_bonus_of_the_last_step_is_not_in_the_cache(backend: TorchBackend) -
 @pytest.mark.parametrize("run_ahead", [False, True])
 @pytest.mark.parametrize("seed", range(2))
 def test_random_traffic_gives_the_answers_of_an_empty_cache(backend: TorchBackend, seed: int, run_ahead: bool) -> None:
-    visits = random_visits(200 + seed, 14)
+    visits = random_visits(200 + seed, 18)
     expected = [run(Engine(backend, PLAIN, prefix_reuse=False), v.prompt, v.params)[0] for v in visits]
     apart = [fresh(v.prompt, v.params) for v in visits]
     backend.run_ahead = run_ahead

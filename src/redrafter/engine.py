@@ -1,8 +1,8 @@
 """Requests, rows, steps: ``add``, ``step``, ``cancel`` are the whole interface. Token ids only; text is upstairs.
 
 Running requests occupy rows 0..n-1 without gaps, so that a step computes nothing for the absent; when one ends, the
-last row takes its place. One prompt at a time is read, a chunk per step, into a row behind them. The other rows keep
-what ended requests left there until they are needed, for prompts that begin alike.
+last row takes its place. One prompt at a time is read, into a row behind them, and of all prompts together about a
+chunk per step. The other rows keep what ended requests left there until they are needed, for prompts that begin alike.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from redrafter.algorithm.ops import Array
 from redrafter.algorithm.sampling import Sampling
 from redrafter.algorithm.step import DecodeState
+from redrafter.backends import base
 from redrafter.backends.protocol import Backend, Outcome, SamplingHistory
 from redrafter.batch import MAX_PENDING, append, first_state, join, last_pair, of_width, take_rows
 from redrafter.errors import (
@@ -168,9 +169,11 @@ class Engine:
         self._prefilling = self._state = None
 
     def step(self) -> list[Event]:
-        """Read a chunk of a waiting prompt, advance every running request by one step, say what happened."""
-        alone = not self._prefill()
-        launched = self._launch(alone)
+        """Read a chunk of waiting prompts, advance every running request by one step, say what happened."""
+        read = 0
+        while more := self._prefill(base.PREFILL_CHUNK - read):
+            read += more
+        launched = self._launch(alone=not read)
         ahead = 1 if launched and self.backend.run_ahead else 0
         while len(self._flights) > ahead:
             self._land(self._flights.popleft())
@@ -200,19 +203,20 @@ class Engine:
         prefilling = [self._prefilling.request] if self._prefilling else []
         return [*self._waiting, *prefilling, *self._running]
 
-    def _prefill(self) -> bool:
-        """Read at most one chunk of one waiting prompt; True if something was read. The last prompt token is left: it
-        is the root, and the request's first step is a step like any other."""
+    def _prefill(self, most: int) -> int:
+        """Read a chunk of a waiting prompt, unless it is longer than ``most``; how many tokens. The last prompt token
+        is left: it is the root, and the request's first step is a step like any other."""
         while self._prefilling is None and self._waiting and len(self._running) < self.max_batch:
             self._admit(self._waiting.popleft())
         task = self._prefilling
         if task is None:
-            return False
+            return 0
         request, backend = task.request, self.backend
-        prompt = request.prompt_ids[:-1]
-        read = request.cached < len(prompt)
+        prompt, before = request.prompt_ids[:-1], request.cached
+        if min(len(prompt) - before, base.PREFILL_CHUNK) > most:
+            return 0
         try:
-            if read:
+            if before < len(prompt):
                 task.features, request.cached = backend.prefill_chunk(task.row, prompt, request.cached, task.features)
                 request.pairs = request.cached - 1
                 if not self._flights:
@@ -220,10 +224,10 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - whatever it was, it was this request's, and the others go on
             self._finish(request, "error", _named(request, error))
             self._prefilling = None
-            return True
+            return most
         if request.cached == len(prompt):
             self._join(task)
-        return read
+        return request.cached - before
 
     def _admit(self, request: Request) -> None:
         """Make room for the request and take what its prompt shares with a text in the cache."""

@@ -113,6 +113,7 @@ def _open_torch(
 
     backend = GraphBackend(load_target(files.path, number, where, layers, KERNEL), weights, context_limit, eos)
     backend.reserve(max_batch, context_limit + SPARE_SLOTS)
+    backend.prepare()
     return backend
 
 

@@ -12,9 +12,10 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be tested")
 
-from redrafter.backends.torch.attention import EXACT, KERNEL
+from redrafter.backends.torch.attention import EXACT, FAST, KERNEL
 from redrafter.backends.torch.cuda import GraphBackend
 from redrafter.backends.torch.drafter import Drafter
+from redrafter.backends.torch.drafting import TorchDrafter
 from redrafter.backends.torch.graph import copy_into
 from redrafter.backends.torch.load import TorchBackend, make_target
 from redrafter.batch import first_state, join
@@ -132,3 +133,28 @@ def test_a_graph_serves_every_step_of_its_kind() -> None:
     assert 0 < first == backend.graphs
     backend.reserve(3, 300)
     assert backend.graphs == 0, "the cache moved: graphs that point to it must go"
+
+
+def test_a_prompt_is_read_as_in_chunks() -> None:
+    """The graph that reads a prompt, in one go and behind a part already read, in any row, against the plain way."""
+    plain, recorded = make("plain", FAST), make("graph", KERNEL)
+    plain.reserve(3, 264)
+    prompt = [(7 * i) % (VOCAB - 3) + 3 for i in range(21)]
+    for row, cut in ((0, 0), (2, 0), (1, 9)):
+        last, twin = None, None
+        if cut:
+            last, _ = recorded.prefill_chunk(row, prompt[:cut], 0, None)
+            twin, _ = plain.prefill_chunk(row, prompt[:cut], 0, None)
+        last, end = recorded.prefill_chunk(row, prompt, cut, last)
+        twin, _ = plain.prefill_chunk(row, prompt, cut, twin)
+        assert end == 21
+        torch.testing.assert_close(last, twin, rtol=1e-4, atol=1e-5)
+        for mine, theirs in (
+            (recorded.target.cache.keys[:, row], plain.target.cache.keys[:, row]),
+            (recorded.target.cache.values[:, row], plain.target.cache.values[:, row]),
+        ):
+            torch.testing.assert_close(mine[:, :, :21], theirs[:, :, :21].to(mine.dtype), rtol=1e-4, atol=1e-5)
+        assert isinstance(recorded.drafter, TorchDrafter) and isinstance(plain.drafter, TorchDrafter)
+        for name in ("_keys", "_values"):
+            mine, theirs = getattr(recorded.drafter, name)[0][row], getattr(plain.drafter, name)[0][row]
+            torch.testing.assert_close(mine[:, :20], theirs[:, :20], rtol=1e-4, atol=1e-5)

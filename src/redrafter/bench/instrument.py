@@ -60,11 +60,13 @@ def open_instrument(
     del small
     if cpu or not compile:
         backend = TorchBackend(make_target(model, layers), large, max_context, eos)
+        backend.reserve(max_batch, max_context + 2 * MAX_TREE)
     else:
-        from redrafter.backends.torch.cuda import GraphBackend
+        from redrafter.backends.torch.cuda import SPARE_SLOTS, GraphBackend
 
-        backend = GraphBackend(make_target(model, layers), large, max_context, eos)
-    backend.reserve(max_batch, max_context + 2 * MAX_TREE)
+        backend = recorded = GraphBackend(make_target(model, layers), large, max_context, eos)
+        recorded.reserve(max_batch, max_context + SPARE_SLOTS)
+        recorded.prepare()
     if config is None:
         candidates = known_shapes(read_config(drafter).get("metadata") or {})
         engine = Engine(backend, Adaptive(time_shapes(backend, candidates, max_batch)), max_batch)

@@ -92,8 +92,8 @@ def kernel_attention(
     refuse_sinks(settings)
     rows, heads, nodes, width = query.shape
     scaling = settings.get("scaling") or width**-0.5
-    lengths_B, words = attention_mask[:, 0, 0, 2], attention_mask[:, 0]
-    y = tree_attention(query, key, value, lengths_B, words, scaling, settings.get("softcap"))
+    lengths_B, words, at_B = mask_parts(attention_mask)
+    y = tree_attention(query, key, value, lengths_B, words, scaling, settings.get("softcap"), at_B=at_B)
     return y.view(rows, nodes, heads, width), None
 
 
@@ -122,3 +122,17 @@ def tree_mask(tree: TokenTree, lengths_B: Tensor) -> Tensor:
     words = ancestor_words(tree.mask) if tree.ancestors is None else tree.ancestors
     lengths = lengths_B[:, None, None].expand(-1, words.shape[1], 1)
     return torch.cat([words, lengths], dim=2)[:, None]
+
+
+def chain_mask(tokens: int, start_1: Tensor, row_1: Tensor) -> Tensor:
+    """The same for tokens that follow each other, [1, 1, T, 4]: the last column is the row of the cache."""
+    from redrafter.backends.torch.kernels.attention import ancestor_words  # needs triton
+
+    words = ancestor_words(torch.ones(1, tokens, tokens, dtype=torch.bool, device=start_1.device).tril())
+    ends = torch.stack([start_1, row_1], dim=1)[:, None].expand(-1, tokens, 2)
+    return torch.cat([words, ends], dim=2)[:, None]
+
+
+def mask_parts(mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(lengths [B], ancestor words [B, N, 2 or more], rows of the cache [B] if the mask names them)."""
+    return mask[:, 0, 0, 2], mask[:, 0], mask[:, 0, 0, 3] if mask.shape[3] > 3 else None

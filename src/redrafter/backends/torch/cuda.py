@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from redrafter.backends.torch.kernels.outcome import pack_outcome
 from redrafter.backends.torch.kernels.trunk import LastContext
 from redrafter.backends.torch.kernels.window import window_attention
 from redrafter.backends.torch.load import TorchBackend, bind
+from redrafter.backends.torch.prompt import LENGTHS, PromptReader
 from redrafter.backends.torch.target import TorchTarget
 from redrafter.backends.torch.trunk import Attend
 from redrafter.params import MAX_TREE, DecodeConfig
@@ -54,7 +55,9 @@ class GraphBackend(TorchBackend):
             kind = partial(KernelDrafter, embedding=target.model.get_input_embeddings().weight)
             self.drafter = bind(target, drafter, table=table, kind=kind)
         self.run_ahead = True
-        self._runner = GraphRunner(self.whole_step, record or CudaRecorder(target.device), lambda: self.rows)
+        record = record or CudaRecorder(target.device)
+        self._runner = GraphRunner(self.whole_step, record, lambda: self.rows)
+        self._read_prompt = PromptReader(target, self.drafter, record)
         self._pinned: dict[Any, list[Any]] = {}
         self._told: Any = None
 
@@ -72,6 +75,22 @@ class GraphBackend(TorchBackend):
         super().reserve(rows, tokens)
         if (self.rows, self.slots) != before:
             self._runner.clear()
+            self._read_prompt.clear()
+
+    def prepare(self) -> None:
+        """Record what reads prompts, before there are any."""
+        for length in LENGTHS:
+            self.prefill(0, [0] * min(length, self.context_limit))
+
+    def prefill_chunk(
+        self, row: int, token_ids: Sequence[int], start: int, before: Tensor | None
+    ) -> tuple[Tensor, int]:
+        """By a graph: on one H200 the launches of a chunk of any length, one by one, take 37 ms, the graph of 128
+        tokens of the 7B shape FILL."""
+        if not self.target.reads_chains:
+            return super().prefill_chunk(row, token_ids, start, before)
+        end = min(start + LENGTHS[-1], len(token_ids))
+        return self._read_prompt(row, token_ids[start:end], start, before), end
 
     def step(self, state: DecodeState, config: DecodeConfig) -> tuple[DecodeState, Accepted, TokenTree]:
         view = self._runner(state, config)

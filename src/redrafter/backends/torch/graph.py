@@ -189,10 +189,18 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._keeper: Any = None
+        """a graph that is never forgotten: the pool ends with its last graph"""
 
     def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        if self._keeper is None:
+            self._keeper = self._captured(lambda: torch.zeros(1, device=self._device))
+        graph, result = self._captured(function)
+        return graph.replay, result
+
+    def _captured(self, function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._device)
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = function()
-        return graph.replay, result
+        return graph, result

@@ -64,6 +64,10 @@ class KVCache:
         self._slot_BN = slot_BN
         self._limit = limit
 
+    def moved(self, row_1: Tensor, slot_1N: Tensor) -> Tensor:
+        """Slots of a row that only the device knows, counted from the first row's."""
+        return row_1[:, None] * (self.heads * self.slots) + slot_1N
+
     def first_slots(self, lengths_B: Tensor, tokens: int) -> Tensor:
         """[B]: where the next ``tokens`` tokens of every row begin."""
         return lengths_B

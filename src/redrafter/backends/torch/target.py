@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from redrafter.algorithm.accept import Accepted
 from redrafter.algorithm.tree import TokenTree
-from redrafter.backends.torch.attention import EXACT, KERNEL, mask_for, tree_mask
+from redrafter.backends.torch.attention import EXACT, KERNEL, chain_mask, mask_for, tree_mask
 from redrafter.backends.torch.kv_cache import KVCache
 from redrafter.errors import UnsupportedModel
 
@@ -66,6 +66,11 @@ class TorchTarget:
         self._cache_name = "cache" if "cache" in names else "past_key_values"
 
     @property
+    def reads_chains(self) -> bool:
+        """Whether ``read_chain`` can be used."""
+        return self._max_kernel_nodes > 0
+
+    @property
     def feature_size(self) -> int:
         return self.hidden_size * (1 + len(self.feature_layers))
 
@@ -100,6 +105,14 @@ class TorchTarget:
         slots = torch.arange(limit, device=self.device)
         mask = mask_for(slots[None, None, :] <= position_1T[:, :, None], self._groups, self.exact)
         self._forward(self._base, token_ids[None], position_1T, mask)
+        return self._features()[0]
+
+    def read_chain(self, token_ids: Tensor, start_1: Tensor, row_1: Tensor) -> Tensor:
+        """``prefill`` of up to ``MAX_NODES`` tokens [1, T] whose row and start [1] lie on the device: one graph serves
+        all. Needs the kernels' attention and cache."""
+        position_1T = start_1[:, None] + torch.arange(token_ids.shape[1], device=self.device)
+        self.cache.place(0, self.cache.moved(row_1, position_1T), self.cache.slots)
+        self._forward(self._base, token_ids, position_1T, chain_mask(token_ids.shape[1], start_1, row_1))
         return self._features()[0]
 
     def verify(self, tree: TokenTree, lengths_B: Tensor) -> tuple[Tensor, Tensor]:

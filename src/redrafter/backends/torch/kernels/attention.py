@@ -65,11 +65,11 @@ def _block(
 
 @triton.jit(do_not_specialize=["nodes"])
 def _tree_attention(
-    query, keys, values, lengths, ancestors, out, partial, arrived, nodes, scale, softcap,
-    q_row, q_head, q_node, kv_row, kv_head, kv_slot, length_row, word_row, word_node,
+    query, keys, values, lengths, ancestors, at, out, partial, arrived, nodes, scale, softcap,
+    q_row, q_head, q_node, kv_row, kv_head, kv_slot, length_row, word_row, word_node, at_row,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    EARLY: tl.constexpr,
+    MOVED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     start_early(EARLY)
     part = tl.program_id(0)
@@ -92,7 +92,7 @@ def _tree_attention(
         words = ancestors + row * word_row + node.to(tl.int64) * word_node
         low = tl.load(words, mask=alive, other=1)
         high = tl.load(words + 1, mask=alive, other=0)
-        start = row * kv_row + kv.to(tl.int64) * kv_head
+        start = (tl.load(at + row * at_row) if MOVED else row) * kv_row + kv.to(tl.int64) * kv_head
         k, v = keys + start, values + start
 
         state = (
@@ -190,6 +190,7 @@ def tree_attention(
     scale: float,
     softcap: float | None = None,
     arrived: Tensor | None = None,
+    at_B: Tensor | None = None,
 ) -> Tensor:
     """[B, N, H * d], contiguous, of ``query`` [B, H, N, d] over ``keys`` and ``values`` [B, Hkv, S, d], N <= MAX_NODES.
 
@@ -197,6 +198,7 @@ def tree_attention(
     j % 64 of word j // 64 says that the node sees node j. The last axis of each is dense; other strides are free, but
     keys and values share theirs. ``arrived``: int32 zeros, at least B * Hkv * tiles, that every launch leaves at zero
     (``matmul.Workspace``); launches that may overlap need their own. Without it they are made for this launch.
+    ``at_B`` (int64): row b's keys and values are row ``at_B[b]`` of a whole cache, whose first rows are passed.
     """
     rows, heads, nodes, width = query.shape
     kv_heads = keys.shape[1]
@@ -215,11 +217,12 @@ def tree_attention(
         arrived = torch.zeros(groups, dtype=torch.int32, device=query.device)
     exact = query.dtype == torch.float32
     _tree_attention[(plan.parts, plan.tiles, rows * kv_heads)](
-        query, keys, values, lengths_B, ancestors, out, partial, arrived, nodes, scale, softcap or 0.0,
+        query, keys, values, lengths_B, ancestors, lengths_B if at_B is None else at_B, out, partial, arrived,
+        nodes, scale, softcap or 0.0,
         query.stride(0), query.stride(1), query.stride(2), keys.stride(0), keys.stride(1), keys.stride(2),
-        lengths_B.stride(0), ancestors.stride(0), ancestors.stride(1),
+        lengths_B.stride(0), ancestors.stride(0), ancestors.stride(1), 0 if at_B is None else at_B.stride(0),
         kv_heads, heads // kv_heads, width, padded, plan.tile_rows, plan.block_slots, plan.parts,
-        softcap is not None, "ieee" if exact else "tf32",
+        softcap is not None, "ieee" if exact else "tf32", at_B is not None,
         num_warps=plan.warps, num_stages=plan.stages, **early(out),
         enable_fp_fusion=not exact,  # blocks with and without a mask are two texts, which may be fused differently
     )  # fmt: skip

@@ -31,6 +31,6 @@ def _hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def early(like: Tensor) -> dict[str, Any]:
+def early(like: Tensor, pays: bool = True) -> dict[str, Any]:
     """Arguments of a launch whose kernel calls ``start_early(EARLY)``. Nothing below compute capability 9.0."""
-    return {"EARLY": True, "launch_pdl": True} if _hopper(like.device) else {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True} if pays and _hopper(like.device) else {"EARLY": False}

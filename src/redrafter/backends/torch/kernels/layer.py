@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from redrafter.backends.torch.attention import KERNEL, masked_attention
+from redrafter.backends.torch.attention import KERNEL, mask_parts, masked_attention
 from redrafter.backends.torch.fused import LAYERS, is_silu
 from redrafter.backends.torch.kernels.attention import tree_attention
 from redrafter.backends.torch.kernels.commit import KernelCache
@@ -186,8 +186,9 @@ class FusedCudaLayer(nn.Module):
         if mask.dtype == torch.bool:
             y = masked_attention(q, keys, values, mask, self.scaling)
             return y.transpose(1, 2).reshape(*qkv.shape[:2], -1)
-        lengths_B, words = mask[:, 0, 0, 2], mask[:, 0]
-        return tree_attention(q, keys, values, lengths_B, words, self.scaling, arrived=self._workspace.arrived)
+        lengths_B, words, at_B = mask_parts(mask)
+        arrived = self._workspace.arrived
+        return tree_attention(q, keys, values, lengths_B, words, self.scaling, arrived=arrived, at_B=at_B)
 
 
 def _norm(norm: Any) -> tuple[nn.Parameter, float]:

@@ -28,6 +28,8 @@ from redrafter.backends.torch.kernels.early import early, start_early
 from redrafter.backends.torch.kernels.matmul import Workspace
 
 MAX_ROWS = 64
+EARLY_BYTES = 8 << 20
+"""Of a weight: larger ones lose more to a successor that occupies the multiprocessors early than it gains."""
 
 
 class Scaled(NamedTuple):
@@ -164,7 +166,7 @@ def stream(
         N, K, BM, cut.BN, cut.BK, cut.split, max(1, triton.next_power_of_2(tiles_in)), isinstance(x, Scaled), gated,
         bias_N is not None, residual_MN is not None, behind is not None,
         "ieee" if values.dtype == torch.float32 else "tf32",
-        num_warps=cut.warps, num_stages=cut.stages, **early(y),
+        num_warps=cut.warps, num_stages=cut.stages, **early(y, weight.nbytes <= EARLY_BYTES),
     )  # fmt: skip
     return y, behind
 
