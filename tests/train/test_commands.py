@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from redrafter.backends.torch.checkpoint import load_drafter
+from redrafter.backends.torch.checkpoint import load_drafter, read_metadata
 from redrafter.bench.results import read_result
 from redrafter.cli import main
 from redrafter.cli.data import DEFAULT_TOKENS
+from redrafter.load import known_shapes
 from tests import fakes
 from tests.tiny import make_model
 
@@ -75,6 +76,17 @@ def test_the_three_commands_work_from_an_empty_folder(folder: Path, monkeypatch,
     assert result["summary"]["draft_bytes_per_depth"] == result["bytes"]["per_depth"] > 0
     by_group = [result["summary"][f"tokens_per_step.{group}"] for group in ("mt_bench", "other")]
     assert min(by_group) <= result["summary"]["tokens_per_step"] <= max(by_group)
+    before = read_metadata(folder / "run" / "drafter")
+    assert main(["eval", *where, "--max-new-tokens", "30", "--save-shapes"]) == 0
+    assert "beam shapes" in capsys.readouterr().out
+    after = read_metadata(folder / "run" / "drafter")
+    assert "to 2 prompts" in after["tokens_per_step_of"] and len(known_shapes(after)) == len(known_shapes(before))
+    assert {k: v for k, v in after.items() if "tokens_per_step" not in k} == {
+        k: v for k, v in before.items() if "tokens_per_step" not in k
+    }
+    load_drafter(folder / "run" / "drafter")  # its manifest fits
+    assert main(["eval", *where, "--save-shapes", "--temperature", "1"]) == 2
+    assert "--save-shapes" in capsys.readouterr().err
     sampled = ["--temperature", "1", "--seed", "5", "--max-new-tokens", "30", "--json-out"]
     assert main(["eval", *where, *sampled, "t1.json"]) == 0
     assert main(["eval", *where, *sampled, "t1-plain.json", "--no-seed-coupled"]) == 0

@@ -20,6 +20,7 @@ Examples:
   redrafter eval --model ./my-model --drafter run --prompts questions.jsonl
   redrafter eval --prompts questions.jsonl --category mt_bench --json-out mt.json
   redrafter eval --prompts questions.jsonl --temperature 1 --seed 0 --no-seed-coupled
+  redrafter eval --model ./my-model --drafter run/drafter --prompts my-traffic.jsonl --save-shapes
 """
 
 
@@ -41,10 +42,19 @@ def evaluate(
     seed_coupled: Annotated[
         bool, typer.Option("--seed-coupled/--no-seed-coupled", help="Beams see the noise that the model adds.")
     ] = True,
+    save_shapes: Annotated[
+        bool,
+        typer.Option(
+            "--save-shapes",
+            help="Also measure the beam shapes that decoding picks from, and keep their tokens per step in the "
+            "drafter's config.json: where its first choices come from. Use prompts like those it will serve.",
+        ),
+    ] = False,
     json_out: Annotated[Path | None, typer.Option(help="A result to take figures from.", show_default=False)] = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
 ) -> None:
+    from redrafter.backends.torch.checkpoint import update_metadata
     from redrafter.bench.provenance import command_line
     from redrafter.bench.results import measured
     from redrafter.errors import InvalidRequest
@@ -54,6 +64,8 @@ def evaluate(
     from redrafter.train.prompts import read_prompts
     from redrafter.train.target import OpenModel
 
+    if save_shapes and temperature > 0:
+        raise InvalidRequest("--save-shapes is measured on greedy answers: leave out --temperature")
     opened = OpenModel(model or DEFAULT_MODEL, device, dtype)
     folder = resolve_drafter(opt.drafter_folder(drafter), opened.files)
     if folder is None:
@@ -71,9 +83,15 @@ def evaluate(
         temperature=temperature,
         seed=seed,
         coupled=seed_coupled,
+        shapes=save_shapes,
     )
     result = measure.evaluate(opened, folder, wanted, options)
     print("\n".join(_lines(result)))
+    if save_shapes:
+        texts = f"greedy answers to {len(wanted)} prompts, at most {max_new_tokens} tokens each"
+        shapes = {"tokens_per_step": result["tokens_per_step"], "tokens_per_step_of": texts}
+        update_metadata(folder, shapes)
+        print(f"kept in {folder}: tokens per step of {len(shapes['tokens_per_step'])} beam shapes")
     if json_out is not None:
         metrics = measure.metrics(result)
         write_json(json_out, measured(metrics, opened.device, command_line(sys.argv[1:]), result))

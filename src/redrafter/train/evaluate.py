@@ -36,8 +36,16 @@ from redrafter.train.target import OpenModel, TrainingTarget
 from redrafter.train.writing import Writer, WritingConfig, loops
 
 TREE_SIZES = (4, 8, 12, 16, 24, 32, 48, 64)
-SHAPES = {3: (8,), 4: (8, 12), 5: (12, 16), 6: (16, 24), 8: (32, 64)}
-"""Draft length -> tree sizes."""
+SHAPES = (
+    (4, 3, (8,)),
+    (4, 4, (8, 12)),
+    (4, 5, (12, 16)),
+    (4, 6, (16, 24)),
+    (4, 8, (32, 64)),
+    (8, 6, (48,)),
+    (8, 8, (64,)),
+)
+"""Beam width, which is also the branching, draft length, tree sizes."""
 
 
 class AnchorDrafter(TorchDrafter):
@@ -231,17 +239,16 @@ def tokens_by_shape(evaluation: Evaluation, texts: list[AnswerText]) -> list[dic
     """Tokens per step of the beam shapes that a program picks from at start-up, for the drafter's metadata."""
     contexts = evaluation.contexts(texts)
     config = evaluation.drafter.config
-    branching = min(4, config.vocabulary)
     out: list[dict[str, Any]] = []
-    for length, sizes in SHAPES.items():
+    for width, length, sizes in SHAPES:
         if length > config.draft_length and out:
-            break
-        length = min(length, config.draft_length)
-        shape = DecodeConfig(beam_width=4, branching=branching, draft_length=length, tree_size=max(sizes))
+            continue
+        length, branching = min(length, config.draft_length), min(width, config.vocabulary)
+        shape = DecodeConfig(beam_width=width, branching=branching, draft_length=length, tree_size=max(sizes))
         lengths = evaluation.lengths(texts, contexts, Walk(shape)).lengths
         found = table(texts, lengths, sizes)
         out += [
-            {"beam_width": 4, "branching": branching, "draft_length": length, "tree_size": size}
+            {"beam_width": width, "branching": branching, "draft_length": length, "tree_size": size}
             | {"tokens_per_step": round(found[str(size)]["tokens_per_step"], 3)}
             for size in sizes
         ]
@@ -274,6 +281,8 @@ class EvalOptions(NamedTuple):
     """of the first prompt, at a temperature over 0"""
     coupled: bool = True
     """at a temperature over 0: beams see the noise that the target adds"""
+    shapes: bool = False
+    """also of every beam shape that a program picks from"""
 
 
 def noise_keys(seed: int, count: int) -> list[tuple[int, int]]:
@@ -342,13 +351,16 @@ def evaluate(model: OpenModel, folder: Path, prompts: list[Prompt], options: Eva
         )
     texts = write_answers(target, tokenizer, prompts, options)
     size = drafter_bytes(drafter.config)
+    evaluation = Evaluation(target, drafter)
+    shapes = {"tokens_per_step": tokens_by_shape(evaluation, texts)} if options.shapes else {}
     return {
         "model": model.files.name,
         "drafter": str(folder),
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "bytes": {"stored": size.stored, "per_step": size.per_step, "per_depth": size.per_depth},
-        **by_category(Evaluation(target, drafter), texts, prompts, options),
+        **by_category(evaluation, texts, prompts, options),
+        **shapes,
     }
 
 

@@ -58,6 +58,12 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     return dict(read_config(Path(folder)).get("metadata") or {})
 
 
+def update_metadata(folder: Path, changes: dict[str, Any]) -> None:
+    """Change what ``read_metadata`` returns; the drafter stays as it is."""
+    drafter = load_drafter(folder)
+    save_drafter(drafter, folder, read_metadata(folder) | changes)
+
+
 def save_apple(drafter: Drafter, folder: Path) -> None:
     """Write Apple's layout, tensor set A (notes on the checkpoint contract: ``lm_head.{i}.linear``, ``rnn_u``, ..)."""
     config = drafter.config

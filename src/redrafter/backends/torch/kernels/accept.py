@@ -13,6 +13,7 @@ from torch import Tensor
 
 from redrafter.algorithm.accept import LARGEST, Accepted, Choice
 from redrafter.algorithm.tree import TokenTree
+from redrafter.backends.torch.kernels.early import early, start_early
 from redrafter.backends.torch.kernels.topk import NO_KEY, key_index, key_value, order_key, tile_size
 
 _LARGEST = tl.constexpr(LARGEST)
@@ -39,7 +40,9 @@ def _choose_tiles(
     nodes,
     BLOCK: tl.constexpr,
     SAMPLED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    start_early(EARLY)
     row = tl.program_id(0).to(tl.int64)  # over B x N
     tile = tl.program_id(1)
     column = tile * BLOCK + tl.arange(0, BLOCK)
@@ -81,6 +84,7 @@ def choose_tiles(logits_BNV: Tensor, depth_BN: Tensor, sampled: Sampled | None =
         BLOCK=block,
         SAMPLED=sampled is not None,
         num_warps=block // 512,
+        **early(keys),
         enable_fp_fusion=False,  # z * inverse + gumbel rounds twice, as in the algorithm
     )
     return keys
@@ -108,7 +112,9 @@ def _accept(
     DEPTHS_P: tl.constexpr,
     TILES_P: tl.constexpr,
     FROM_KEYS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    start_early(EARLY)
     row = tl.program_id(0).to(tl.int64)
     start = row * NODES
     node = tl.arange(0, NODES_P)
@@ -186,5 +192,6 @@ def accept(tree: TokenTree, choice: Choice | Tensor, depths: int) -> Accepted:
         TILES_P=triton.next_power_of_2(tiles),
         FROM_KEYS=keys is not None,
         num_warps=4 if nodes * tiles <= 1024 else 8,
+        **early(path),
     )
     return Accepted(path, length, bonus, emitted, finite)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from redrafter.backends.torch.kernels.early import early, start_early
 from redrafter.backends.torch.kernels.topk import NO_KEY, TileTops, key_index, key_value, order_key, safe_maximum
 from redrafter.params import DecodeConfig
 
@@ -86,7 +87,9 @@ def _beam_level(
     CANDIDATES_P: tl.constexpr,
     REDUCED: tl.constexpr,
     ROOT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    start_early(EARLY)
     row = tl.program_id(0).to(tl.int64)
     beam = tl.arange(0, BEAMS_P)[:, None]
     source = row * BEAMS + beam  # [BEAMS_P, 1]
@@ -170,5 +173,6 @@ def beam_level(
         REDUCED=token_ids is not None,
         ROOT=before is None,
         num_warps=8 if beams_p * candidates_p < 8192 else 16,  # so that the keys stay in registers
+        **early(beam),
     )
     return out

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from redrafter.backends.torch.kernels.early import early, start_early
 from redrafter.backends.torch.kv_cache import KVCache
 
 
@@ -59,9 +60,10 @@ def write(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, sl
 @triton.jit
 def _keep_path(
     keys, values, lengths, path, rows, length_row, path_row, layer_stride, row_stride, head_stride, slot_stride,
-    DEPTHS: tl.constexpr, WIDTH: tl.constexpr, DEPTHS_P: tl.constexpr, WIDTH_P: tl.constexpr,
+    DEPTHS: tl.constexpr, WIDTH: tl.constexpr, DEPTHS_P: tl.constexpr, WIDTH_P: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program owns one head of one row and layer: it reads all of the path before it writes any of it."""
+    start_early(EARLY)
     row = (tl.program_id(0) % rows).to(tl.int64)
     layer = (tl.program_id(0) // rows).to(tl.int64)
     depth = tl.arange(0, DEPTHS_P)
@@ -90,7 +92,7 @@ def keep_path(keys: Tensor, values: Tensor, lengths_B: Tensor, path_BD: Tensor) 
     _keep_path[(layers * rows, heads)](
         keys, values, lengths_B, path_BD, rows, lengths_B.stride(0), path_BD.stride(0), *keys.stride()[:4],
         DEPTHS=depths, WIDTH=width, DEPTHS_P=triton.next_power_of_2(depths), WIDTH_P=triton.next_power_of_2(width),
-        num_warps=4,
+        num_warps=4, **early(keys),
     )  # fmt: skip
 
 

@@ -88,9 +88,11 @@ def _skinny(
     x, w, gain, bias, residual, residual_row, y, partial, arrived, M, N: tl.constexpr, K: tl.constexpr, eps,
     NORM: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, RESIDUAL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """M <= BM rows. A program multiplies BN weight rows with all of x over one of SPLIT parts of K; the last one to
     arrive adds the parts in their order, so that the sum does not depend on who is last."""
+    start_early(EARLY)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     part = tl.program_id(1)
     m = tl.arange(0, BM)
@@ -145,9 +147,11 @@ def _skinny(
 def _gru(
     gates, index, index_row, state, parent, u, bias, y, R, W: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
     PARENT: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """New state of R = B x W beams: the input's part of the gates is row ``index`` of a table, the old state that of
     beam ``parent`` of the P that this one's row had, or of the same beam."""
+    start_early(EARLY)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     r = tl.arange(0, BR)
     alive = r < R
@@ -206,6 +210,8 @@ def _plan(M: int, N: int, K: int, normed_or_gated: bool, gated: bool = False) ->
             return _Plan(2, 2048, 1, 8, 1) if N > 8192 else _Plan(1, 1024, 1, 8, 1)
         return _Plan(4, min(1024, triton.next_power_of_2(K)), 1, 4, 1)
     if K < 2048:
+        if M <= 16 and N <= 4096:
+            return _Plan(16, 128, 1, 4, 4)
         return _Plan(32 if N <= 4096 else 64, 64, 1, 4, 4)
     split = 1
     if not normed_or_gated:
@@ -265,7 +271,7 @@ def few_rows(
     BM = max(16, triton.next_power_of_2(M))
     _skinny[grid](
         *tensors, y, partial, arrived, M, N, K, eps, *flags, BM, plan.BN, plan.BK, split, precision,
-        num_warps=plan.warps, num_stages=plan.stages,
+        num_warps=plan.warps, num_stages=plan.stages, **early(y),
     )  # fmt: skip
     return y
 
@@ -284,8 +290,10 @@ def gru_step(
     BR = max(16, triton.next_power_of_2(R))
     precision = "ieee" if y.dtype == torch.float32 else "tf32"
     parent = index_BW if parent_BW is None else parent_BW
+    few = BR <= 32 and y.element_size() == 2  # a deeper block would not fit
     _gru[(triton.cdiv(S, 16),)](
         gates_V3S, index_BW, index_BW.stride(0), state_BPS, parent, u_3SS, bias_3S, y, R, width, before, S,
-        parent_BW is not None, BR, 16, 64, precision, num_warps=4, num_stages=4,
+        parent_BW is not None, BR, 16, 256 if few else 64, precision,
+        num_warps=2 if few else 4, num_stages=4, **early(y),
     )  # fmt: skip
     return y

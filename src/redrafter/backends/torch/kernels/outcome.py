@@ -9,13 +9,15 @@ from torch import Tensor
 
 from redrafter.algorithm.accept import Accepted
 from redrafter.algorithm.tree import TokenTree
+from redrafter.backends.torch.kernels.early import early, start_early
 
 
 @triton.jit
 def _pack_outcome(
     emitted, length, finite, tokens, parent, depth, live, packed,
-    DEPTHS: tl.constexpr, NODES: tl.constexpr, DEPTHS_P: tl.constexpr, NODES_P: tl.constexpr,
+    DEPTHS: tl.constexpr, NODES: tl.constexpr, DEPTHS_P: tl.constexpr, NODES_P: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    start_early(EARLY)
     row = tl.program_id(0).to(tl.int64)
     to = packed + row * (DEPTHS + 2 * NODES + 5)
     step = tl.arange(0, DEPTHS_P)
@@ -49,6 +51,6 @@ def pack_outcome(accepted: Accepted, tree: TokenTree) -> Tensor:
     assert all(x.is_contiguous() for x in arrays)
     _pack_outcome[(rows,)](
         *arrays, packed, DEPTHS=depths, NODES=nodes,
-        DEPTHS_P=triton.next_power_of_2(depths), NODES_P=triton.next_power_of_2(nodes), num_warps=4,
+        DEPTHS_P=triton.next_power_of_2(depths), NODES_P=triton.next_power_of_2(nodes), num_warps=4, **early(packed),
     )  # fmt: skip
     return packed

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from redrafter.algorithm.beam import DraftBeams
 from redrafter.algorithm.tree import DEAD, TokenTree
+from redrafter.backends.torch.kernels.early import early, start_early
 from redrafter.backends.torch.kernels.topk import NO_KEY, order_key
 
 MAX_NODES = 128  # bits in a node's ancestor words
@@ -44,7 +45,9 @@ def _pack(
     POOL_P: tl.constexpr,
     NODES_P: tl.constexpr,
     TILE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    start_early(EARLY)
     row = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, POOL_P)
     exists = slot < POOL
@@ -127,7 +130,8 @@ def pack(beams: DraftBeams, root_B: Tensor, tree_size: int) -> PackedTree:
         NODES=nodes,
         POOL_P=padded,
         NODES_P=triton.next_power_of_2(nodes),
-        TILE=min(max(16384 // padded, 4), 32),
-        num_warps=8 if padded <= 512 else 16,
+        TILE=128 if padded <= 512 else max(16384 // padded, 4),
+        num_warps=4 if padded <= 512 else 16,
+        **early(tokens),
     )
     return PackedTree(TokenTree(tokens, parent, depth, mask, live), ancestors)

@@ -55,13 +55,17 @@ def plan(M: int, N: int, K: int, gated: bool) -> Cut:
     few = M <= 32
     if K < 2048:
         if K > 1024 and not gated:
-            return Cut(16, 128, 3, 4, 3 if few else 4)
-        return Cut(64 if few or gated else 16, 128, 1, 4, 3)
+            return Cut(16, 256, 3, 2 if few else 4, 4)
+        if gated:
+            return Cut(64, 128, 1, 4, 4) if few else Cut(16, 128, 1, 2, 4)
+        return Cut(16, 256 if few else 128, 1, 2, 4)
     if gated:
-        return Cut(64, 64, 1, 4, 4 if few else 3)
+        return Cut(128, 128, 1, 4, 3) if few else Cut(128, 64, 1, 4, 4)
     if N > 8192:
-        return Cut(32, 128, 1, 4, 6) if few else Cut(128, 128, 1, 8, 3)
-    return Cut(64, 128, 4 if K <= 4096 else 2, 4, 4) if few else Cut(64, 128, 1, 4, 6)
+        return Cut(64, 128, 1, 4, 4) if few else Cut(128, 128, 1, 8, 4)
+    if few:
+        return Cut(64, 256, 1, 4, 4) if K <= 4096 else Cut(32, 256, 1, 4, 6)
+    return Cut(64, 128, 1, 4, 6)
 
 
 @triton.jit
@@ -100,15 +104,18 @@ def _stream(
     live = (n < N)[:, None] & (m < M)[None, :]
     last = True
     if SPLIT > 1:
-        size = M * N
-        tl.store(partial + part * size + place, acc, mask=live)
+        # As the tensor cores leave it: nothing is turned around on its way out and in.
+        block = tl.arange(0, BN)[:, None] * BM + m[None, :]
+        size = tl.num_programs(0) * (BN * BM)
+        mine = partial + tile * (BN * BM) + block
+        tl.store(mine + part * size, acc)
         tl.debug_barrier()  # every thread's part lies in memory before this program says so
         last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLIT - 1
     if last:
         if SPLIT > 1:
             acc = tl.zeros((BN, BM), tl.float32)
             for other in range(SPLIT):
-                acc += tl.load(partial + other * size + place, mask=live, other=0.0, cache_modifier=".cg")
+                acc += tl.load(mine + other * size, cache_modifier=".cg")
             tl.store(arrived + tile, 0)
         if NORM:
             scale = tl.rsqrt(tl.sum(sums, 0) / K + eps)[None, :]
@@ -154,8 +161,8 @@ def stream(
     if norm is not None:
         squares = torch.empty(tiles, M, dtype=torch.float32, device=values.device)
         behind = Scaled(torch.empty_like(y), squares, norm[1])
-    assert cut.split == 1 or (not gated and cut.split * M * N <= len(workspace.partial))
     BM = max(16, triton.next_power_of_2(M))
+    assert cut.split == 1 or (not gated and cut.split * tiles * cut.BN * BM <= len(workspace.partial))
     tiles_in = len(x.squares) if isinstance(x, Scaled) else 0
     _stream[(tiles, cut.split)](
         TensorDescriptor.from_tensor(values, [BM, cut.BK]), TensorDescriptor.from_tensor(weight, [cut.BN, cut.BK]),

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from redrafter.backends.torch.kernels.early import early, start_early
+
 NO_KEY = tl.constexpr(-(2**63))
 """Below every key: marks lanes that hold nothing."""
 
@@ -75,7 +77,9 @@ def _tile_tops(
     BLOCK: tl.constexpr,
     COUPLED: tl.constexpr,
     REDUCED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    start_early(EARLY)
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     column = tile * BLOCK + tl.arange(0, BLOCK)
@@ -118,7 +122,8 @@ def tile_tops(
     rows, beams, vocabulary = logits_BWV.shape
     logits_RV = logits_BWV.reshape(rows * beams, vocabulary)
     assert logits_RV.stride(1) == 1 and children <= vocabulary
-    block = tile_size(vocabulary)
+    # Many children of many tiles would take longer to merge than larger tiles take to scan.
+    block = max(tile_size(vocabulary), 2048 if children > 4 else 0)
     tiles = triton.cdiv(vocabulary, block)
     keys = torch.empty(rows * beams, tiles, children, dtype=torch.int64, device=logits_BWV.device)
     log_sum_exp = torch.empty(rows * beams, tiles, dtype=torch.float32, device=logits_BWV.device)
@@ -141,6 +146,7 @@ def tile_tops(
         COUPLED=coupling is not None,
         REDUCED=token_ids is not None,
         num_warps=block // 512,
+        **early(keys),
         enable_fp_fusion=False,  # x * inverse + gumbel rounds twice, as in the algorithm
     )
     return TileTops(keys, log_sum_exp)

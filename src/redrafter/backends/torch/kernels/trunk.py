@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from redrafter.algorithm.beam import Reading
 from redrafter.backends.torch.drafter import Drafter
+from redrafter.backends.torch.kernels.early import early, start_early
 from redrafter.backends.torch.kernels.matmul import MAX_ROWS, Norm, few_rows
 from redrafter.backends.torch.kernels.norms import add_rms_norm
 from redrafter.backends.torch.kernels.window import MAX_PAIRS, Rotation, window_attention
@@ -30,9 +31,10 @@ EPS = 1e-6
 @triton.jit
 def _scaled_parts(
     features, tokens, embedding, out, f_row, f_pair, t_row, t_pair, eps,
-    PAIRS: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program scales one layer's features of one pair, or the next token's embedding."""
+    start_early(EARLY)
     m = tl.program_id(0)
     part = tl.program_id(1)
     row = (m // PAIRS).to(tl.int64)
@@ -62,7 +64,7 @@ def scaled_parts(features_BTF: Tensor, token_BT: Tensor, embedding_VD: Tensor) -
     _scaled_parts[(rows * pairs, parts)](
         features_BTF, token_BT, embedding_VD, out, *features_BTF.stride()[:2], *token_BT.stride(), EPS,
         PAIRS=pairs, PARTS=parts, WIDTH=width, BLOCK=triton.next_power_of_2(width),
-        num_warps=8 if width > 2048 else 4,
+        num_warps=8 if width > 2048 else 4, **early(out),
     )  # fmt: skip
     return out
 

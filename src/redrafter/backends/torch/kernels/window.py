@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor, empty, float32
 
 from redrafter.backends.torch.graph import IDLE
+from redrafter.backends.torch.kernels.early import early, start_early
 
 MAX_PAIRS = 64
 
@@ -41,8 +42,10 @@ def _window_attention(
     PAIRS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr,
     QUERIES: tl.constexpr, ROTATE: tl.constexpr, LAST: tl.constexpr,
     PAIRS_P: tl.constexpr, D_P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program owns one KV head of one row."""
+    start_early(EARLY)
     row = tl.program_id(0).to(tl.int64)
     kv = tl.program_id(1)
     start = tl.load(first + row)
@@ -143,6 +146,6 @@ def window_attention(
         QUERIES=queries, ROTATE=rotation is not None, LAST=count_B is not None,
         PAIRS_P=triton.next_power_of_2(pairs), D_P=max(16, triton.next_power_of_2(width)),
         BM=max(16, triton.next_power_of_2(queries * group)), BN=64,
-        PRECISION="ieee" if query.dtype == float32 else "tf32", num_warps=4, num_stages=2,
+        PRECISION="ieee" if query.dtype == float32 else "tf32", num_warps=4, num_stages=2, **early(out),
     )  # fmt: skip
     return out
