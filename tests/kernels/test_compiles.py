@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from redrafter.algorithm.sampling import Sampling
 from redrafter.algorithm.tree import TokenTree
-from redrafter.backends.torch.kernels import accept, beam, noise, pack, topk
+from redrafter.backends.torch.kernels import accept, beam, early, noise, pack, state, topk
 from redrafter.params import DecodeConfig
 
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
@@ -27,7 +27,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
 }
-MODULES = {topk: "_tile_tops", beam: "_beam_level", pack: "_pack", accept: "_accept", noise: "_noise"}
+MODULES = {topk: "_tile_tops", beam: "_beam_level", pack: "_pack", accept: "_accept", noise: "_noise", state: "_place"}
 
 
 class Compiled:
@@ -66,7 +66,8 @@ def done(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> list[str]:
     """Names of the kernels compiled so far."""
     names: list[str] = []
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for module, name in [*MODULES.items(), (accept, "_choose_tiles")]:
+    monkeypatch.setattr(early, "_hopper", lambda device: True)
+    for module, name in [*MODULES.items(), (accept, "_choose_tiles"), (state, "_advance")]:
         monkeypatch.setattr(module, name, Compiled(getattr(module, name), names))
     return names
 
@@ -97,3 +98,10 @@ def test_noise_choose_and_accept_compile(done: list[str]) -> None:
     accept.accept(tree, keys, 9)
     accept.accept(tree, accept.Choice(node, tree.live), 9)
     assert done == ["_noise", "_choose_tiles", "_accept", "_accept"]
+
+
+def test_what_surrounds_a_forward_compiles(done: list[str]) -> None:
+    one, words = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 64, 2, dtype=torch.int64)
+    state.place_nodes(words[:, :, 0].contiguous(), words, one, 900)
+    state.advance(torch.zeros(2, 64, 2304, dtype=torch.bfloat16), words[:, :9, 0].contiguous(), one, one)
+    assert done == ["_place", "_advance"]

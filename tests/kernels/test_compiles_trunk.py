@@ -8,7 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be compiled")
-from redrafter.backends.torch.kernels import matmul, trunk, window
+from redrafter.backends.torch.kernels import early, matmul, trunk, window
 from tests.kernels.test_compiles import Compiled
 
 
@@ -16,6 +16,7 @@ from tests.kernels.test_compiles import Compiled
 def done(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> list[str]:
     names: list[str] = []
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(early, "_hopper", lambda device: True)
     for module, name in ((matmul, "_gru"), (trunk, "_scaled_parts"), (window, "_window_attention")):
         monkeypatch.setattr(module, name, Compiled(getattr(module, name), names))
     return names

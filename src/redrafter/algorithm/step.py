@@ -41,12 +41,13 @@ class DecodeState(NamedTuple):
 
 
 class Stages(NamedTuple):
-    """The four parts of a step that a backend may do faster, with the same results; they take ``ops`` first."""
+    """The parts of a step that a backend may do faster, with the same results; they take ``ops`` first."""
 
     noise: Callable[..., Any]
     draft: Callable[..., Any]
     pack: Callable[..., TokenTree]
     choose_accept: Callable[..., Accepted]
+    advance: Callable[..., DecodeState]
 
 
 def step(
@@ -58,7 +59,7 @@ def step(
     stages: Stages | None = None,
 ) -> tuple[DecodeState, Accepted, TokenTree]:
     """Emit 1 to L+1 tokens per row. A tree of one node, or no drafter, is plain decoding through the same text."""
-    stages = stages or Stages(step_noise, draft, pack, choose_accept)
+    stages = stages or Stages(step_noise, draft, pack, choose_accept, advance)
     speculate = drafter is not None and shape.tree_size > 1
     depths = shape.draft_length + 1 if speculate else 1
     noise = stages.noise(ops, target, state, depths)
@@ -74,7 +75,7 @@ def step(
         rows = ops.arange(state.root.shape[0], like=state.root)[:, None]
         accepted = accepted._replace(logits=ops.float32(logits[rows, accepted.path]))
     target.commit(state.lengths, accepted)
-    return advance(ops, state, features, accepted), accepted, tree
+    return stages.advance(ops, state, features, accepted), accepted, tree
 
 
 def step_noise(ops: Ops, target: Target, state: DecodeState, depths: int) -> tuple[Array, Array] | None:
@@ -90,14 +91,6 @@ def step_noise(ops: Ops, target: Target, state: DecodeState, depths: int) -> tup
 def advance(ops: Ops, state: DecodeState, features_BNF: Array, accepted: Accepted) -> DecodeState:
     """The state after the accepted tokens: the bonus is the next root."""
     rows = ops.arange(state.root.shape[0], like=state.root)[:, None]
-    sampling = state.sampling
-    if sampling.penalties is not None:
-        depths = accepted.tokens.shape[1]
-        emitted = ops.arange(depths, like=state.root)[None, :] <= accepted.length[:, None]
-        vocab = sampling.penalties.answer.shape[1]
-        count = ops.count_tokens(accepted.tokens, ops.float32(emitted)[:, None, :], vocab)[:, 0]
-        answer = sampling.penalties.answer + count
-        sampling = sampling._replace(penalties=sampling.penalties._replace(answer=answer))
     return DecodeState(
         reading=Reading(
             features=features_BNF[rows, accepted.path],
@@ -107,5 +100,17 @@ def advance(ops: Ops, state: DecodeState, features_BNF: Array, accepted: Accepte
         ),
         root=accepted.bonus,
         lengths=state.lengths + 1 + accepted.length,
-        sampling=sampling,
+        sampling=counted(ops, state.sampling, accepted),
     )
+
+
+def counted(ops: Ops, sampling: Sampling, accepted: Accepted) -> Sampling:
+    """The settings, with the accepted tokens in the counts that penalties rest on."""
+    if sampling.penalties is None:
+        return sampling
+    depths = accepted.tokens.shape[1]
+    emitted = ops.arange(depths, like=accepted.length)[None, :] <= accepted.length[:, None]
+    vocab = sampling.penalties.answer.shape[1]
+    count = ops.count_tokens(accepted.tokens, ops.float32(emitted)[:, None, :], vocab)[:, 0]
+    answer = sampling.penalties.answer + count
+    return sampling._replace(penalties=sampling.penalties._replace(answer=answer))

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
-from redrafter.algorithm.tree import TokenTree
 from redrafter.errors import UnsupportedModel
 
 EXACT = "redrafter_exact"
@@ -84,7 +83,8 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sc
 def kernel_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **settings: Any
 ) -> tuple[Tensor, None]:
-    """A tree's nodes through our kernel, with the mask of ``tree_mask``; with a mask of bools the fast path."""
+    """A tree's nodes through our kernel, with a mask as ``kernels.state.place_nodes`` makes it; with one of bools the
+    fast path."""
     if attention_mask.dtype == torch.bool:
         return fast_attention(module, query, key, value, attention_mask, **settings)
     from redrafter.backends.torch.kernels.attention import tree_attention  # needs triton
@@ -115,17 +115,9 @@ def mask_for(visible_BNS: Tensor, groups: int, exact: bool) -> Tensor:
     return mask.masked_fill_(~visible_BNS, float("-inf"))[:, None].repeat(1, 1, groups, 1)
 
 
-def tree_mask(tree: TokenTree, lengths_B: Tensor) -> Tensor:
-    """The 4-D mask of ``kernel_attention``, [B, 1, N, 3] int64: two words of ancestor bits and the row's length."""
-    from redrafter.backends.torch.kernels.attention import ancestor_words  # needs triton
-
-    words = ancestor_words(tree.mask) if tree.ancestors is None else tree.ancestors
-    lengths = lengths_B[:, None, None].expand(-1, words.shape[1], 1)
-    return torch.cat([words, lengths], dim=2)[:, None]
-
-
 def chain_mask(tokens: int, start_1: Tensor, row_1: Tensor) -> Tensor:
-    """The same for tokens that follow each other, [1, 1, T, 4]: the last column is the row of the cache."""
+    """What the kernel takes for tokens that follow each other, [1, 1, T, 4]: ancestor words, how many tokens are before
+    them, the row of the cache."""
     from redrafter.backends.torch.kernels.attention import ancestor_words  # needs triton
 
     words = ancestor_words(torch.ones(1, tokens, tokens, dtype=torch.bool, device=start_1.device).tril())

@@ -12,7 +12,7 @@ from torch import Tensor
 from redrafter.algorithm.accept import Accepted
 from redrafter.algorithm.beam import DraftBeams, Reading, draft
 from redrafter.algorithm.ops import Ops
-from redrafter.algorithm.step import DecodeState, Stages, step
+from redrafter.algorithm.step import DecodeState, Stages, counted, step
 from redrafter.algorithm.tree import TokenTree, pack
 from redrafter.backends.base import BaseBackend, Fetched
 from redrafter.backends.torch.drafter import Drafter
@@ -269,4 +269,10 @@ def _choose_accept(ops: Ops, logits: Tensor, tree: Any, sampling: Any, noise: An
     return kernels.fast_choose_accept(logits, tree, sampling, noise, depths)
 
 
-KERNELS = Stages(_noise, _draft, _pack, _choose_accept)
+def _advance(ops: Ops, state: DecodeState, features: Tensor, accepted: Accepted) -> DecodeState:
+    read, first, count, lengths = kernels.advance(features, accepted.path, accepted.length, state.lengths)
+    reading = Reading(read, accepted.tokens, first, count)
+    return DecodeState(reading, accepted.bonus, lengths, counted(ops, state.sampling, accepted))
+
+
+KERNELS = Stages(_noise, _draft, _pack, _choose_accept, _advance)

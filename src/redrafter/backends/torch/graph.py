@@ -59,14 +59,15 @@ def without_reading(state: DecodeState) -> DecodeState:
 
 
 def copy_into(target: Any, source: Any) -> None:
-    for to, value in zip(leaves(target), leaves(source), strict=True):
-        if to is not value:
-            to.copy_(value)
+    """With few launches, however many tensors there are."""
+    pairs = [(to, value) for to, value in zip(leaves(target), leaves(source), strict=True) if to is not value]
+    if pairs:
+        torch._foreach_copy_([to for to, _ in pairs], [value for _, value in pairs])
 
 
 IDLE = -2
-"""The length of a row that no request runs in: its keys and values go behind all texts, its outcome to nobody. (A row
-whose text is one token has length 0, and its reading begins at -1.)"""
+"""The length of a row that no request runs in, before and after a step: its keys and values go behind all texts, its
+outcome to nobody. (A row whose text is one token has length 0, and its reading begins at -1.)"""
 
 
 def size_for(rows: int, most: int) -> int:
@@ -109,12 +110,12 @@ class View(NamedTuple):
 
 
 class Recorded:
-    """A graph, its buffers and its results. ``real_B``: the first ``rows`` of its rows, the others are idle now."""
+    """A graph, its buffers and its results. The first ``rows`` of its rows are in use, the others are idle now."""
 
-    def __init__(self, replay: Callable[[], None], whole: View, real_B: Tensor, rows: int) -> None:
-        self.replay, self.real_B = replay, real_B
+    def __init__(self, replay: Callable[[], None], whole: View, rows: int) -> None:
+        self.replay = replay
         self._whole = whole
-        self._views: dict[int, View] = {len(real_B): whole}
+        self._views: dict[int, View] = {whole.state.root.shape[0]: whole}
         self._now = rows
 
     def first(self, rows: int) -> View:
@@ -128,8 +129,6 @@ class Recorded:
         copy_into(view.state, state)
         if rows != self._now:
             self._now = rows
-            self.real_B[:rows] = True
-            self.real_B[rows:] = False
             idle_from(self._whole.state, rows)
         return view
 
@@ -168,19 +167,15 @@ class GraphRunner:
         # Once outside of the recording: libraries set themselves up, kernels compile. It writes to cache slots that
         # the replay writes again, and to nothing else.
         self._step(buffers, config)
-        real_B = torch.arange(len(buffers.root), device=buffers.root.device) < rows
 
         def run() -> tuple[Any, ...]:
             after, accepted, tree, told = self._step(buffers, config)
-            lengths = torch.where(real_B, after.lengths, IDLE)
-            first = torch.where(real_B, after.reading.first, IDLE)
-            after = after._replace(lengths=lengths, reading=after.reading._replace(first=first))
             copy_into(buffers, after if config.speculative else without_reading(after))
             return after.reading, accepted, tree, told
 
         replay, (reading, accepted, tree, told) = self._record(run)
         after = buffers if config.speculative else buffers._replace(reading=reading)
-        return Recorded(replay, View(buffers, after, accepted, tree, told), real_B, rows)
+        return Recorded(replay, View(buffers, after, accepted, tree, told), rows)
 
 
 class CudaRecorder:

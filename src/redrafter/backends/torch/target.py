@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from redrafter.algorithm.accept import Accepted
 from redrafter.algorithm.tree import TokenTree
-from redrafter.backends.torch.attention import EXACT, KERNEL, chain_mask, mask_for, tree_mask
+from redrafter.backends.torch.attention import EXACT, KERNEL, chain_mask, mask_for
 from redrafter.backends.torch.kv_cache import KVCache
 from redrafter.errors import UnsupportedModel
 
@@ -117,19 +117,30 @@ class TorchTarget:
 
     def verify(self, tree: TokenTree, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
         nodes = tree.tokens.shape[1]
-        slot_BN = self.cache.first_slots(lengths_B, nodes)[:, None] + torch.arange(nodes, device=self.device)
-        lengths_B = lengths_B.clamp(min=0)
-        limit = self._limit(slot_BN)
-        self.cache.place(0, slot_BN, limit)
-        mask = self._tree_mask(tree, lengths_B, limit)
-        out = self._forward(self.model, tree.tokens, lengths_B[:, None] + tree.depth, mask)
+        if nodes <= self._max_kernel_nodes:
+            slot_BN, position_BN, mask = self._places(tree, lengths_B)
+            self.cache.place(0, slot_BN, self.cache.slots)
+        else:
+            slot_BN = self.cache.first_slots(lengths_B, nodes)[:, None] + torch.arange(nodes, device=self.device)
+            lengths_B = lengths_B.clamp(min=0)
+            position_BN = lengths_B[:, None] + tree.depth
+            limit = self._limit(slot_BN)
+            self.cache.place(0, slot_BN, limit)
+            mask = self._tree_mask(tree, lengths_B, limit)
+        out = self._forward(self.model, tree.tokens, position_BN, mask)
         logits = out.logits if self._max_kernel_nodes else out.logits.float()  # kernels take any dtype
         return logits, self._features()
 
+    def _places(self, tree: TokenTree, lengths_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for the kernels' attention, in one launch."""
+        from redrafter.backends.torch.kernels.attention import ancestor_words  # needs triton
+        from redrafter.backends.torch.kernels.state import place_nodes
+
+        words = ancestor_words(tree.mask) if tree.ancestors is None else tree.ancestors
+        return place_nodes(tree.depth, words, lengths_B, self.cache.slots)
+
     def _tree_mask(self, tree: TokenTree, lengths_B: Tensor, limit: int) -> Tensor:
         nodes = tree.tokens.shape[1]
-        if nodes <= self._max_kernel_nodes:
-            return tree_mask(tree, lengths_B)
         # Slot s holds a committed token, or node s - length of this tree, or nothing yet.
         node_BS = torch.arange(limit, device=self.device) - lengths_B[:, None]
         in_tree_BS = (node_BS >= 0) & (node_BS < nodes)

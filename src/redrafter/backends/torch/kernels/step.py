@@ -17,6 +17,7 @@ from redrafter.backends.torch.kernels.accept import Sampled, accept, choose_tile
 from redrafter.backends.torch.kernels.beam import beam_level, levels, new_pool
 from redrafter.backends.torch.kernels.noise import gumbel
 from redrafter.backends.torch.kernels.pack import MAX_NODES, MAX_POOL, PackedTree, pack
+from redrafter.backends.torch.kernels.state import advance as advance
 from redrafter.backends.torch.kernels.topk import Coupling, tile_tops
 from redrafter.backends.torch.ops import TorchOps
 from redrafter.params import DecodeConfig
