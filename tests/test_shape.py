@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from redrafter import shape
+from redrafter.backends.torch.graph import serves, size_for
 from redrafter.backends.torch.load import TorchBackend
 from redrafter.engine import Engine
 from redrafter.load import known_shapes
@@ -110,6 +111,47 @@ def test_a_start_records_26_graphs_for_32_rows(recording: TorchBackend, monkeypa
     monkeypatch.setattr(shape, "_one_step", lambda *_: 1.0)
     monkeypatch.setattr(recording, "reserve", lambda *_: None)
     assert len(time_shapes(recording, shipped_shapes(), 32)) == 26
+
+
+@pytest.mark.parametrize("most", [1, 5, 32])
+def test_all_that_may_be_chosen_is_recorded_ahead(
+    recording: TorchBackend, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """In both ways, for whatever number of rows a graph serves."""
+    graphs: dict[tuple[DecodeConfig, float], list[int]] = {}
+
+    def one_step(backend: Any, config: DecodeConfig, length: int, rows: int, temperature: float = 0.0) -> float:
+        known = graphs.setdefault((config, temperature), [])
+        if not any(serves(size, rows) for size in known):
+            known.append(size_for(rows, most))
+        return 1.0 + 0.01 * max(0, rows * config.tree_size - 64)
+
+    monkeypatch.setattr(shape, "_one_step", one_step)
+    monkeypatch.setattr(recording, "reserve", lambda *_: None)
+    policy = shape.adaptive(recording, shipped_shapes(), most)
+    before = sum(map(len, graphs.values()))
+    for rows in range(1, most + 1):
+        for index in policy.offered(bucket_of(rows)):
+            for temperature in (0.0, 1.0):
+                one_step(recording, policy.shapes[index], 0, rows, temperature)
+    assert sum(map(len, graphs.values())) == before
+    assert len(policy.offered(1)) == 10
+    assert all(len(policy.offered(bucket_of(n))) == 1 + shape.PROMISING for n in range(2, most + 1))
+
+
+def test_a_real_sampled_step_is_taken_ahead(recording: TorchBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+    step = recording.step
+
+    def watched(state: Any, config: DecodeConfig) -> Any:
+        seen.add((state.root.shape[0], config, state.sampling.inverse_temperature is not None))
+        return step(state, config)
+
+    monkeypatch.setattr(recording, "step", watched)
+    shape.adaptive(recording, [Candidate(SMALL, 2.0)], 2)
+    assert seen == {
+        (rows, config, sampled) for rows in (1, 2) for config in (PLAIN, SMALL) for sampled in (False, True)
+    }
 
 
 def test_without_recording_one_row_is_enough(backend: TorchBackend, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ from redrafter.engine import Backend, Engine
 from redrafter.errors import InvalidRequest
 from redrafter.models import ModelFiles, check_supported
 from redrafter.params import MAX_TREE, PLAIN, DecodeConfig, from_mapping
-from redrafter.policy import Adaptive, Candidate
-from redrafter.shape import time_shapes
+from redrafter.policy import Candidate
+from redrafter.shape import adaptive
 
 BACKENDS = ("auto", "torch", "mlx")
 
@@ -42,8 +42,8 @@ def load(
     compile: bool = True,
 ) -> Engine:
     """An engine over the files of a model and of its drafter. Without ``config`` every step takes the shape that
-    promises most: the shapes whose tokens per step the drafter's metadata names are timed here (``time_shapes``), then
-    their times and their acceptance are learnt (``policy.Adaptive``). ``compile=False`` keeps a GPU to eager
+    promises most: the shapes whose tokens per step the drafter's metadata names are timed here (``shape.adaptive``),
+    then their times and their acceptance are learnt (``policy.Adaptive``). ``compile=False`` keeps a GPU to eager
     operations: no graphs, no compiled steps, no kernels of ours."""
     chosen = pick_backend(backend)
     if threads is not None:
@@ -55,7 +55,7 @@ def load(
     if config is not None or drafter is None:
         return Engine(opened, config or PLAIN, max_batch)
     candidates = known_shapes(read_config(drafter).get("metadata") or {}) or UNMEASURED
-    return Engine(opened, Adaptive(time_shapes(opened, candidates, max_batch)), max_batch)
+    return Engine(opened, adaptive(opened, candidates, max_batch), max_batch)
 
 
 def pick_backend(name: str) -> str:

@@ -110,8 +110,9 @@ class Adaptive:
     """The shape with the most expected tokens per second, learnt step by step: plain decoding competes, so that a
     drafter that does not pay is not used, and a small share of steps tries what may have become better.
 
-    ``timed``: every shape and ``PLAIN`` as measured for one request (``shape.py``), and some of them for more. It reads
-    no clock and draws no random numbers: its choices follow from what it observes.
+    ``timed``: every shape and ``PLAIN`` as measured for one request (``shape.py``), and some of them for more, who
+    then have these alone to choose from: their steps are recorded, and another recording would keep requests waiting.
+    It reads no clock and draws no random numbers: its choices follow from what it observes.
     """
 
     def __init__(self, timed: Sequence[Timed]) -> None:
@@ -119,9 +120,12 @@ class Adaptive:
         self.shapes = tuple(t.config for t in ranked)
         self._plain = self.shapes.index(PLAIN)
         self._costs = _Costs(self.shapes, [t.step_seconds for t in ranked])
+        self._timed: dict[int, set[int]] = {}
         for t in timed:
             if t.rows > 1:
-                self._costs.start(t.rows, self.shapes.index(t.config), t.step_seconds)
+                index = self.shapes.index(t.config)
+                self._costs.start(t.rows, index, t.step_seconds)
+                self._timed.setdefault(bucket_of(t.rows), set()).add(index)
         self._yields = _Yields(self.shapes, [t.tokens_per_step for t in ranked])
         self._current: dict[int, int] = {}
         self._steps = 0
@@ -137,7 +141,8 @@ class Adaptive:
         seconds, tokens = self._costs.of(bucket), self._yields.tokens
         if bucket not in self._current:  # how plain decoding does with so many rows is soon to be seen
             self._next_probe = min(self._next_probe, self._steps + FIRST_PROBE)
-        rates = [t / s for t, s in zip(tokens, seconds, strict=True)]
+        allowed = self.offered(bucket)
+        rates = [t / s * (i in allowed) for i, (t, s) in enumerate(zip(tokens, seconds, strict=True))]
         best = max(range(len(rates)), key=rates.__getitem__)
         current = self._current.get(bucket, best)
         if rates[best] > rates[current] * (1 + HYSTERESIS):
@@ -149,10 +154,18 @@ class Adaptive:
             self._plan_probe(bucket, current, rates)
         return self.shapes[self._burst.popleft() if self._burst else current]
 
+    def offered(self, bucket: int) -> Sequence[int]:
+        """Indices of the shapes to choose from: those timed for as many rows or the next larger number."""
+        if bucket > 1:
+            for timed in sorted(self._timed):
+                if timed >= bucket:
+                    return sorted(self._timed[timed])
+        return range(len(self.shapes))
+
     def _plan_probe(self, bucket: int, current: int, rates: list[float]) -> None:
         """Beside plain decoding: the most promising shape, for two steps, since the drafter has to catch up in the
         first; more and more rarely while it fails. Beside another shape: one step of what was not seen for longest."""
-        others = [i for i in range(len(rates)) if i != current]
+        others = [i for i in self.offered(bucket) if i != current]
         if current == self._plain:
             seconds, known = self._costs.of(bucket), self._yields.known
             best = max(others, key=lambda i: known[i] / seconds[i], default=current)

@@ -13,16 +13,24 @@ import time
 from collections.abc import Sequence
 
 from redrafter.batch import take_rows
-from redrafter.engine import Backend, first_state
-from redrafter.params import PLAIN, DecodeConfig
-from redrafter.policy import Adaptive, Candidate, Timed
+from redrafter.engine import Backend, SamplingHistory, first_state
+from redrafter.params import PLAIN, DecodeConfig, SamplingParams
+from redrafter.policy import Adaptive, Candidate, Timed, bucket_of
 
 PROBE_TOKENS = 192
 """Cached tokens while timing: a question and half an answer."""
 FEWEST = 4
 """The first number of rows beyond one that is timed."""
 PROMISING = 3
-"""Shapes timed beside plain decoding for more than one row: the best after what is known from fewer rows."""
+"""Shapes timed beside plain decoding for more than one row: the best after what is known from fewer rows, the last of
+them the best on text of which half as much is accepted."""
+
+
+def adaptive(backend: Backend, candidates: Sequence[Candidate], max_batch: int = 1) -> Adaptive:
+    """A policy over these shapes on this machine."""
+    timed = time_shapes(backend, candidates, max_batch)
+    record_ahead(backend, timed, max_batch)
+    return Adaptive(timed)
 
 
 def time_shapes(backend: Backend, candidates: Sequence[Candidate], max_batch: int = 1, repeats: int = 3) -> list[Timed]:
@@ -35,11 +43,37 @@ def time_shapes(backend: Backend, candidates: Sequence[Candidate], max_batch: in
     backend.reserve(rows_to_time[-1], tokens + largest)
     timed = _time(backend, everything, tokens, 1, repeats)
     for rows in rows_to_time[1:]:
-        lines = sorted(Adaptive(timed).forecast(rows), key=lambda line: -line.tokens_per_second)
-        best = [line.config for line in lines if line.config.speculative][:PROMISING]
-        chosen = [c for c in everything if c.config in (PLAIN, *best)]
+        chosen = [c for c in everything if c.config in (PLAIN, *_promising(timed, rows))]
         timed += _time(backend, chosen, tokens, rows, repeats)
     return timed
+
+
+def _promising(timed: Sequence[Timed], rows: int) -> list[DecodeConfig]:
+    lines = [line for line in Adaptive(timed).forecast(rows) if line.config.speculative]
+    lines.sort(key=lambda line: -line.tokens_per_second)
+    best, rest = lines[: PROMISING - 1], lines[PROMISING - 1 :]
+    rest.sort(key=lambda line: -(1 + line.tokens_per_step) / line.step_seconds)
+    return [line.config for line in (*best, *rest[:1])]
+
+
+def record_ahead(backend: Backend, timed: Sequence[Timed], max_batch: int) -> None:
+    """Where steps are recorded: take every step that ``Adaptive(timed)`` may choose once, greedy and sampled. No request
+    waits for a recording then."""
+    if backend.graphs is None:
+        return
+    policy = Adaptive(timed)
+    tokens = min(PROBE_TOKENS, backend.context_limit - 1)
+    for rows in _recorded_rows(max_batch):
+        for index in policy.offered(bucket_of(rows)):
+            for temperature in (0.0, 1.0):
+                _one_step(backend, policy.shapes[index], tokens, rows, temperature)
+
+
+def _recorded_rows(most: int) -> list[int]:
+    """1, 2, 3, 5, 7, 9, 13, ..: for each of the sizes 1, 2, 4, 6, 8, 12, .. that steps are recorded for the fewest rows
+    that it serves (``backends.torch.graph.size_for``)."""
+    sizes = {m << k for m in (1, 2, 3) for k in range(most.bit_length())} - {3}
+    return [1, *(n + 1 for n in sorted(sizes) if n < most)]
 
 
 def _rows_to_time(most: int) -> list[int]:
@@ -57,12 +91,14 @@ def _time(backend: Backend, shapes: Sequence[Candidate], tokens: int, rows: int,
     return [Timed(*c, statistics.median(t[1:]), rows) for c, t in zip(shapes, seconds, strict=True)]
 
 
-def _one_step(backend: Backend, config: DecodeConfig, length: int, rows: int) -> float:
-    """Seconds of one greedy step of ``rows`` requests of ``length`` cached tokens; what they are does not matter to the
+def _one_step(backend: Backend, config: DecodeConfig, length: int, rows: int, temperature: float = 0.0) -> float:
+    """Seconds of one step of ``rows`` requests of ``length`` cached tokens; what they are does not matter to the
     time."""
     state = first_state(backend, config, backend.prefill(0, []), root=1, length=length)
     if rows > 1:
         state = take_rows(state, backend.array([0] * rows))
+    request = SamplingHistory(SamplingParams(temperature=temperature), [1], [])
+    state = state._replace(sampling=backend.sampling([request] * rows))
     if backend.graphs is not None:  # a graph's own state, as it is while requests run
         state = backend.step(state, config)[0]
     backend.synchronize()

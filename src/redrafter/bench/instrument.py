@@ -21,8 +21,7 @@ from redrafter.llm import LLM
 from redrafter.load import eos_ids, known_shapes
 from redrafter.models import ModelFiles
 from redrafter.params import MAX_TREE, DecodeConfig
-from redrafter.policy import Adaptive
-from redrafter.shape import time_shapes
+from redrafter.shape import adaptive
 from redrafter.text import Tokenizer
 
 WIDTH = 1152
@@ -69,7 +68,7 @@ def open_instrument(
         recorded.prepare()
     if config is None:
         candidates = known_shapes(read_config(drafter).get("metadata") or {})
-        engine = Engine(backend, Adaptive(time_shapes(backend, candidates, max_batch)), max_batch)
+        engine = Engine(backend, adaptive(backend, candidates, max_batch), max_batch)
     else:
         engine = Engine(backend, config, max_batch)
     return LLM(engine, Tokenizer.load(files.path), model=f"{files.name} widened to {shape}", drafter=drafter.name)

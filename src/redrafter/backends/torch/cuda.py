@@ -177,7 +177,8 @@ class KernelDrafter(TorchDrafter):
         return torch.where(reading.first <= IDLE, self._keys[0].shape[2] - reading.tokens.shape[1], first_B)
 
     def _attention(self, rows: slice, position_BT: Tensor) -> Attend:
-        if position_BT.shape[1] > STEP_PAIRS:
+        # Where steps have a kernel of their own, what comes here waits while another would be compiled.
+        if self._last_context is not None or position_BT.shape[1] > STEP_PAIRS:
             return super()._attention(rows, position_BT)
         first_B = position_BT[:, 0].contiguous()
         window = self.drafter.config.trunk_window
