@@ -214,3 +214,33 @@ def test_a_request_is_cancelled_while_its_prompt_is_read(
         engine.check()
     assert ids["c"] == expected and ids["b"] == []
     assert expected[-len(ids["a"]) :] == ids["a"]
+
+
+def test_short_prompts_are_read_together_and_never_more_than_a_chunk(
+    backend: TorchBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of 4, 4, 4 and 11 tokens, the last of each not counted, in chunks of 8: two, then one, then the rest."""
+    monkeypatch.setattr("redrafter.backends.base.PREFILL_CHUNK", 8)
+    prompts = [[5, 17, 33, 8, 90][: n + 1] for n in (4, 4, 4)] + [[7 + i for i in range(12)]]
+    params = [SamplingParams(max_new_tokens=9, temperature=1.0, seed=i) for i in range(4)]
+    expected = [run(Engine(backend, PLAIN, prefix_reuse=False), p, s)[0] for p, s in zip(prompts, params, strict=True)]
+    engine = Engine(backend, TREE, max_batch=4, prefix_reuse=False)
+    read = backend.prefill_chunk
+    steps: list[list[int]] = []
+
+    def watched(row: int, ids: list[int], start: int, before: Any) -> Any:
+        found = read(row, ids, start, before)
+        steps[-1].append(found[1] - start)
+        return found
+
+    monkeypatch.setattr(backend, "prefill_chunk", watched)
+    for i, (prompt, setting) in enumerate(zip(prompts, params, strict=True)):
+        engine.add(str(i), prompt, setting)
+    ids: dict[str, list[int]] = {str(i): [] for i in range(4)}
+    while engine.has_work:
+        steps.append([])
+        for event in engine.step():
+            ids[event.request_id] += event.tokens
+        engine.check()
+    assert [tokens for tokens in steps if tokens] == [[4, 4], [4], [8], [3]]
+    assert list(ids.values()) == expected

@@ -85,8 +85,8 @@ class GraphBackend(TorchBackend):
     def prefill_chunk(
         self, row: int, token_ids: Sequence[int], start: int, before: Tensor | None
     ) -> tuple[Tensor, int]:
-        """By a graph: on one H200 the launches of a chunk of any length, one by one, take 37 ms, the graph of 128
-        tokens of the 7B shape FILL."""
+        """By a graph: on one H200 launches one by one take 15 ms to 40 ms, whatever the chunk's length, and the graph
+        of 128 tokens 5.4 ms in the 7B shape, 1.5 ms in that of SmolLM2."""
         if not self.target.reads_chains:
             return super().prefill_chunk(row, token_ids, start, before)
         end = min(start + LENGTHS[-1], len(token_ids))
