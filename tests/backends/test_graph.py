@@ -13,7 +13,7 @@ from redrafter.algorithm.beam import Reading
 from redrafter.algorithm.sampling import Penalties, Sampling
 from redrafter.algorithm.step import DecodeState
 from redrafter.algorithm.tree import TokenTree
-from redrafter.backends.torch.graph import GraphRunner, copy_into, leaves, mapped, serves, size_for
+from redrafter.backends.torch.graph import IDLE, GraphRunner, copy_into, leaves, mapped, serves, size_for
 from redrafter.params import PLAIN, DecodeConfig
 
 SHAPE = DecodeConfig(beam_width=2, branching=2, draft_length=2, tree_size=4)
@@ -33,7 +33,7 @@ def test_a_graph_has_no_more_rows_than_the_caches(rows: int, most: int, size: in
 
 
 class Toy:
-    """A step whose outcome hangs on all of a row's text and settings, and on no other row."""
+    """A step whose outcome hangs on all of a row's text and settings, and on no other row; an idle row stays idle."""
 
     def __init__(self, rows: int) -> None:
         self.cache = torch.zeros(rows, SLOTS, dtype=torch.int64)
@@ -55,7 +55,8 @@ class Toy:
         tokens_BL = (total_B[:, None] + torch.arange(SHAPE.draft_length + 1)) % 89
         one_B = torch.ones_like(total_B)
         reading = Reading(tokens_BL[:, :, None].float(), tokens_BL, state.lengths + 0, one_B)
-        after = DecodeState(reading, tokens_BL[:, 0], state.lengths + 1, state.sampling._replace(penalties=penalties))
+        lengths = torch.where(state.lengths == IDLE, IDLE, state.lengths + 1)
+        after = DecodeState(reading, tokens_BL[:, 0], lengths, state.sampling._replace(penalties=penalties))
         accepted = Accepted(tokens_BL, one_B, tokens_BL[:, 0], tokens_BL, one_B > 0)
         return after, accepted, TokenTree(*[one_B[:, None]] * 5), (tokens_BL + 1, None)
 
