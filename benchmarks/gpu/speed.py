@@ -23,6 +23,7 @@ import torch
 from redrafter.bench.measure import Plan
 from redrafter.bench.prompts import load_prompts, select
 from redrafter.bench.provenance import command_line, models
+from redrafter.bench.report import forks_said
 from redrafter.bench.results import measured, write_json
 from redrafter.bench.roofline import UNITS, roofline
 from redrafter.bench.run import Job, run
@@ -86,16 +87,17 @@ class Campaign:
         """One result; ``limit`` prompts (0: all), spread over those of the category."""
         args = self.args
         found = load_prompts(args.questions)
-        limit, batch = plan.pop("limit"), plan.pop("batch", 1)
+        limit, batch, control = plan.pop("limit"), plan.pop("batch", 1), plan.pop("control", False)
         prompts = select(found, plan.pop("category", args.category), limit or None, True)
         params = SamplingParams(max_new_tokens=args.max_new_tokens, **plan)
         job = Job(
             found=found,
             prompts=prompts,
-            plan=Plan(params=params, batch=batch),
+            plan=Plan(params=params, batch=batch, control=control),
             weights=models(self.files, self.drafter),
             start_seconds=start,
             command=self.command("--name", name),
+            memory=control,
         )
         result = run(llm, job, args.out / f"{args.prefix}{stage}-{name}.json", lambda _: None)
         if result["partial"]:
@@ -104,7 +106,7 @@ class Campaign:
         print(
             f"{stage:<6}{name:<22} x{s['speedup']:.3f} ({s['speedup_q1']:.2f}..{s['speedup_q3']:.2f}) plain "
             f"{s['plain_tokens_per_second']:.0f} spec {s['speculative_tokens_per_second']:.0f} tok/s, tau "
-            f"{s['tokens_per_step']:.3f}, forks {s['forks']} of {s['prompts']}, {time.perf_counter() - T0:.0f} s",
+            f"{s['tokens_per_step']:.3f}, forks {forks_said(s)}, {time.perf_counter() - T0:.0f} s",
             flush=True,
         )
         if "adaptive" in name:
@@ -148,7 +150,7 @@ class Campaign:
             return
         self.roofline(stage, llm, start)
         few = args.limit
-        self.bench(stage, "greedy-n64", fixed, start, limit=few)
+        self.bench(stage, "greedy-n64", fixed, start, limit=few, control=args.control)
         self.bench(stage, "greedy-adaptive", llm, start, limit=few)
         self.bench(stage, "t1-adaptive", llm, start, limit=few and max(4, few // 2), temperature=1.0)
         for batch in args.batches:
@@ -180,6 +182,7 @@ def main() -> None:
     parser.add_argument("--max-batch", type=int, default=32)
     parser.add_argument("--batches", type=int, nargs="*", default=[4, 8, 32])
     parser.add_argument("--sampled", type=int, nargs="*", default=[8, 32])
+    parser.add_argument("--control", action="store_true", help="greedy-n64: count the forks of padded plain steps too")
     args = parser.parse_args()
     campaign = Campaign(args)
     for stage in args.stage:

@@ -13,7 +13,7 @@ import torch
 
 from redrafter.backends.torch.checkpoint import save_drafter
 from redrafter.backends.torch.drafter import Drafter
-from redrafter.bench import measure, provenance
+from redrafter.bench import control, measure, provenance
 from redrafter.cli import bench, main
 from redrafter.llm import LLM
 from tests import fakes, suite
@@ -169,6 +169,7 @@ def test_only_tokens_per_step(arguments) -> None:
         (["--figure", "tau=tokens_per_stop"], "tokens_per_step"),
         (["--figure", "tau=tokens_per_step.rag"], "tokens_per_step.mt_bench"),
         (["--figure", "tau=speedup", "--no-plain"], "drop --no-plain"),
+        (["--control", "--no-plain"], "--control compares with plain decoding"),
         (["--figure", "Tau"], "KEY=METRIC"),
         (["--figure", "tau=speedup", "--out", ".."], "leave it out"),
         (["--category", "poetry"], "mt_bench/math, mt_bench/writing, qa"),
@@ -272,6 +273,39 @@ def test_a_fork_is_listed_with_its_gap(arguments, monkeypatch) -> None:
     assert (fork["position"], fork["other_is"]) == (4, "speculative")
     assert fork["other"] == (fork["plain"] + 1) % VOCAB and fork["logit_gap"] > 0
     assert found["summary"]["forks"] == 1
+
+
+def test_the_control_is_counted_and_a_fork_of_it_is_listed(arguments, monkeypatch, capsys) -> None:
+    arguments += ["--control", "--figure", "control=control_forks", "--batch", "2"]
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    found = result()
+    assert [r["control_fork"] for r in found["prompts"]] == [None] * 4
+    assert (found["summary"]["control_forks"], found["summary"]["control_prompts"]) == (0, 4)
+    assert found["control"]["shape"]["tree_size"] == 6 and found["settings"]["control"]
+    assert "0 of 4, control 0 of 4" in out and "the control for forks, 2 of 2 batches" in err
+    assert json.loads(FIGURES.read_text())["control"]["value"] == 0
+    cut = control.root_alone
+
+    def wrong(choose_accept):
+        """Goes on from another token than the target's choice."""
+        accept = cut(choose_accept)
+
+        def changed(*given):
+            accepted = accept(*given)
+            return accepted._replace(bonus=accepted.bonus * 0 + 7, tokens=accepted.tokens * 0 + 7)
+
+        return changed
+
+    monkeypatch.setattr(control, "root_alone", wrong)
+    assert main([*arguments, "-q", "--limit", "1"]) == 0
+    found = result()
+    fork = found["prompts"][0]["control_fork"]
+    assert (fork["position"], fork["other"], fork["other_is"]) == (0, 7, "control") and fork["logit_gap"] > 0
+    assert (found["summary"]["forks"], found["summary"]["control_forks"]) == (0, 1)
+    assert main(["bench", "--report", str(RESULT), "-o", "page.html"]) == 0
+    page = Path("page.html").read_text(encoding="utf-8")
+    assert "0 of 1, control 1 of 1" in page and f"{fork['logit_gap']:.4f}" in page and "control&#x27;s shape" in page
 
 
 class Page(HTMLParser):

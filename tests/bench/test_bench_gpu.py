@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from redrafter.backends.torch.checkpoint import save_drafter
-from redrafter.bench import instrument, provenance, roofline, widen
+from redrafter.bench import instrument, memory, provenance, roofline, widen
 from redrafter.bench import run as bench_run
 from redrafter.bench.metrics import NEEDS_CUDA
 from redrafter.cli import bench, main
@@ -49,6 +49,7 @@ def as_gpu(monkeypatch) -> None:
     """The CPU where ``bench`` asks for a GPU."""
     monkeypatch.setattr(bench, "_is_cuda", lambda backend, device: True)
     monkeypatch.setattr(bench_run, "on_cuda", lambda llm: True)
+    monkeypatch.setattr(memory, "peak_of", lambda device, run: run().seconds and 10**8)
 
 
 def result() -> dict[str, Any]:
@@ -63,6 +64,8 @@ def test_the_parts_of_a_step_are_in_result_figures_and_page(arguments, as_gpu, t
     extra = (phases["speculative step"] - phases["verify tree"]) / phases["plain step"]
     figure = json.loads(Path("benchmarks/figures.json").read_text())["gpu_share"]
     assert figure["value"] == found["summary"]["step_extra_share"] == pytest.approx(extra)
+    assert found["memory"]["shape"]["tree_size"] == 6
+    assert found["summary"]["memory_overhead_bytes"] == found["summary"]["drafter_resident_bytes"] > 0
     usual = found["roofline"]["shape"]
     assert usual["tree_size"] in (4, 6)
     assert {line["config"]["tree_size"] for line in found["cost_table"]} == {1, 4, 6}
@@ -100,7 +103,8 @@ def test_the_instrument_is_named_and_answers_like_the_small_model(arguments, as_
     [
         (["--instrument", "llama-2-7b"], "--instrument llama-2-7b: a CPU takes seconds"),
         (["--instrument", "gpt-7"], "--instrument 'gpt-7' is unknown: use one of llama-2-7b"),
-        (["--figure", "gpu=verify_ratio"], "timed on an NVIDIA GPU: use --device cuda"),
+        (["--figure", "gpu=verify_ratio"], "measured on an NVIDIA GPU: use --device cuda"),
+        (["--figure", "gpu=memory_overhead"], "--figure 'gpu=memory_overhead' is measured on an NVIDIA GPU"),
     ],
 )
 def test_what_needs_a_gpu_says_so(arguments, more, says, capsys) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from redrafter.bench.metrics import acceptance_per_depth, known_metrics, looping, quartiles, summarise
 from redrafter.bench.prompts import load_prompts
+from redrafter.bench.report import forks_said
 from tests.bench.cases import BATCHES, RECORDS
 
 README = Path(__file__).resolve().parents[2] / "benchmarks" / "README.md"
@@ -34,6 +35,16 @@ def test_the_summary_of_three_prompts() -> None:
     assert found["tokens_per_step_by_category"] == {"mt_bench/math": 4.0, "mt_bench/stem": 4.0, "qa": 2.0}
 
 
+def test_forks_of_the_control_are_counted_over_the_prompts_that_it_has_answered() -> None:
+    fork = {"position": 4, "logit_gap": 0.01, "other_is": "control"}
+    records = [{**RECORDS[0], "control_fork": fork}, {**RECORDS[1], "control_fork": None}, RECORDS[2]]
+    found = summarise(records, BATCHES)
+    assert (found["control_forks"], found["control_prompts"]) == (1, 2)
+    assert forks_said(found) == "1 of 3, control 1 of 2"
+    assert "control_forks" not in summarise(RECORDS, BATCHES)
+    assert forks_said(summarise(RECORDS, BATCHES)) == "1 of 3"
+
+
 def test_without_plain_runs_nothing_is_compared() -> None:
     records = [{**r, "equal": None, "speedup": None, "plain_answer_tokens": None} for r in RECORDS]
     found = summarise(records, [{**b, "plain_seconds": []} for b in BATCHES])
@@ -56,7 +67,8 @@ def test_every_number_of_the_summary_can_be_a_figure_and_is_explained(plain: boo
     added_by_the_run = {"drafter_bytes", "start_seconds", "peak_memory_bytes"}
     assert set(known) == numbers | added_by_the_run
     text = README.read_text(encoding="utf-8")
-    assert [name for name in known if f"`{name.partition('.')[0]}" not in text] == []
+    everything = known_metrics(["mt_bench", "qa"], plain, baseline=True, cuda=True, control=True)
+    assert [name for name in everything if f"`{name.partition('.')[0]}" not in text] == []
 
 
 def test_groups_are_known_before_the_run() -> None:

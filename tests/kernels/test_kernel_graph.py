@@ -19,6 +19,7 @@ from redrafter.backends.torch.drafting import TorchDrafter
 from redrafter.backends.torch.graph import copy_into
 from redrafter.backends.torch.load import TorchBackend, make_target
 from redrafter.batch import first_state, join
+from redrafter.bench.control import accepting_nothing
 from redrafter.engine import Engine
 from redrafter.params import PLAIN, DecodeConfig
 from tests.tiny import VOCAB, drafter_config, make_model
@@ -158,3 +159,23 @@ def test_a_prompt_is_read_as_in_chunks() -> None:
         for name in ("_keys", "_values"):
             mine, theirs = getattr(recorded.drafter, name)[0][row], getattr(plain.drafter, name)[0][row]
             torch.testing.assert_close(mine[:, :20], theirs[:, :20], rtol=1e-4, atol=1e-5)
+
+
+def test_the_control_for_forks_in_recorded_steps() -> None:
+    """Steps that accept the root alone are recorded apart, on kernels, and answer as plain steps do."""
+    small, visits = DecodeConfig(beam_width=2, branching=3, draft_length=2, tree_size=6), few_visits(59, 1, tokens=6)
+    backend = make("graph", cell="gru", context_state=True, exit_dim=24, num_blocks=1, draft_vocabulary=64)
+    plain, drafted = (play(Engine(backend, shape, 3, prefix_reuse=False), visits) for shape in (PLAIN, small))
+    before = backend.graphs
+    with accepting_nothing(backend):
+        assert backend.graphs == 0
+        control = play(Engine(backend, small, 3, prefix_reuse=False), visits)
+        assert backend.graphs == 1
+    assert backend.graphs == before == 2, "what was recorded before is there again"
+    assert [answer.ids for answer in control] == [answer.ids for answer in plain] == [answer.ids for answer in drafted]
+    assert sum(drafted[0].statistics.accepted_at_depth) > 0, "there was something to cut"
+    counts = control[0].statistics
+    assert not any(counts.accepted_at_depth) and counts.tree_nodes == small.tree_size * counts.steps
+    with backend.recorded_anew():
+        backend.reserve(3, 300)
+    assert backend.graphs == 0, "the cache moved: graphs that point to it must go"

@@ -59,7 +59,7 @@ def step(
     stages: Stages | None = None,
 ) -> tuple[DecodeState, Accepted, TokenTree]:
     """Emit 1 to L+1 tokens per row. A tree of one node, or no drafter, is plain decoding through the same text."""
-    stages = stages or Stages(step_noise, draft, pack, choose_accept, advance)
+    stages = stages or STAGES
     speculate = drafter is not None and shape.tree_size > 1
     depths = shape.draft_length + 1 if speculate else 1
     noise = stages.noise(ops, target, state, depths)
@@ -114,3 +114,7 @@ def counted(ops: Ops, sampling: Sampling, accepted: Accepted) -> Sampling:
     count = ops.count_tokens(accepted.tokens, ops.float32(emitted)[:, None, :], vocab)[:, 0]
     answer = sampling.penalties.answer + count
     return sampling._replace(penalties=sampling.penalties._replace(answer=answer))
+
+
+STAGES = Stages(step_noise, draft, pack, choose_accept, advance)
+"""This text's own."""

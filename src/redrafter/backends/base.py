@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from redrafter.algorithm.beam import Reading
 from redrafter.algorithm.noise import key_of
 from redrafter.algorithm.ops import Array
 from redrafter.algorithm.sampling import Penalties, Sampling
-from redrafter.algorithm.step import DecodeState, step
+from redrafter.algorithm.step import STAGES, DecodeState, Stages, step
 from redrafter.algorithm.tree import TokenTree, unmerged_tokens
 from redrafter.backends.protocol import HeldRow, Outcome, SamplingHistory
 from redrafter.params import MAX_LOGPROBS, DecodeConfig
@@ -44,6 +45,8 @@ class BaseBackend:
     target: Any
     drafter: Any
     run_ahead: bool = False
+    stages: Stages = STAGES
+    """how the parts of a step are done; to be changed inside ``recorded_anew`` only"""
 
     @cached_property
     def held(self) -> dict[int, HeldRow]:
@@ -65,7 +68,13 @@ class BaseBackend:
 
     def step(self, state: DecodeState, config: DecodeConfig) -> tuple[DecodeState, Accepted, TokenTree]:
         """One decoding step of every row of ``state``; a backend that replays it as a graph overrides this."""
-        return step(self.ops, self.target, self.drafter, state, config)
+        return step(self.ops, self.target, self.drafter, state, config, self.stages)
+
+    @contextmanager
+    def recorded_anew(self) -> Iterator[None]:
+        """Inside, nothing was recorded yet; afterwards what was recorded before is there again. Only while no request
+        runs."""
+        yield
 
     def fetch(self, accepted: Accepted, tree: TokenTree) -> Fetched:
         """One array for one transfer."""

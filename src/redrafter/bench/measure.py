@@ -6,12 +6,13 @@ import hashlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from redrafter.bench.control import accepting_nothing, usual_shape, with_shape
 from redrafter.bench.metrics import first_fork, looping
 from redrafter.errors import InvalidRequest
-from redrafter.params import SamplingParams
+from redrafter.params import DecodeConfig, SamplingParams
 
 if TYPE_CHECKING:
     from redrafter.bench.mlx_lm_baseline import MLXLMBaseline, Streamed
@@ -25,23 +26,27 @@ WARM_UP_RUNS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How to run: sampling settings (prompt i has seed + i), requests at once, repetitions, whether both ways, and
-    what else to compare with."""
+    """How to run: sampling settings (prompt i has seed + i), requests at once, repetitions, whether both ways,
+    whether the control for forks, and what else to compare with."""
 
     params: SamplingParams
     batch: int = 1
     repeat: int = 1
     plain: bool = True
+    control: bool = False
     baseline: MLXLMBaseline | None = None
 
 
 @dataclass(frozen=True)
 class Measured:
-    """records: one per finished prompt; batches: wall seconds of whole batches; partial: Ctrl-C came before the end."""
+    """records: one per finished prompt; batches: wall seconds of whole batches; partial: Ctrl-C came before the end;
+    control: the shape of the control's steps; plain: each prompt's first plain answer, which is never written down."""
 
     records: list[dict[str, Any]]
     batches: list[dict[str, Any]]
     partial: bool
+    control: DecodeConfig | None = None
+    plain: list[Completion] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,9 @@ def measure(
             _one_batch(llm, batch, number, plan, measured)
             save(measured)
             tell(_progress(measured, len(prompts), number + 1, len(batches), time.perf_counter() - started))
+        if plan.control:
+            measured = replace(measured, control=usual_shape(llm.engine.policy))
+            _control(llm, batches, plan, measured, tell, save)
     except KeyboardInterrupt:
         return measured
     return replace(measured, partial=False)
@@ -104,18 +112,18 @@ def _warm_up(llm: LLM, batch: list[BenchPrompt], plan: Plan) -> None:
     tokens = plan.params.max_new_tokens
     if backend.graphs is None:
         tokens = min(WARM_UP_TOKENS, tokens)
-    settings = _settings(replace(plan.params, max_new_tokens=tokens), 0, len(batch))
+    settings = settings_of(replace(plan.params, max_new_tokens=tokens), 0, len(batch))
     for _ in range(WARM_UP_RUNS):
         before = backend.graphs
         for speculation in ways:
-            _run(llm, batch, settings, speculation)
+            run_batch(llm, batch, settings, speculation)
         if backend.graphs == before:
             break
     if plan.baseline is not None:
         plan.baseline.run(llm.encode(batch[0].prompt), WARM_UP_TOKENS)
 
 
-def _settings(params: SamplingParams, first: int, count: int) -> list[SamplingParams]:
+def settings_of(params: SamplingParams, first: int, count: int) -> list[SamplingParams]:
     """Of prompts ``first`` onward: each has a seed of its own."""
     return [replace(params, seed=(params.seed + first + i) % 2**64) for i in range(count)]
 
@@ -130,7 +138,7 @@ def _progress(measured: Measured, prompts: int, done: int, batches: int, elapsed
 
 def _one_batch(llm: LLM, batch: list[BenchPrompt], number: int, plan: Plan, measured: Measured) -> None:
     """Both ways, as often as asked; which one goes first alternates, so that a machine that slows down slows both."""
-    settings = _settings(plan.params, number * plan.batch, len(batch))
+    settings = settings_of(plan.params, number * plan.batch, len(batch))
     runs: dict[bool, list[_Run]] = {False: [], True: []}
     streamed: list[Streamed] = []
     for turn in range(plan.repeat):
@@ -139,7 +147,7 @@ def _one_batch(llm: LLM, batch: list[BenchPrompt], number: int, plan: Plan, meas
             streamed.append(plan.baseline.run(ids, plan.params.max_new_tokens))
         for speculation in (False, True) if (number + turn) % 2 == 0 else (True, False):
             if speculation or plan.plain:
-                runs[speculation].append(_run(llm, batch, settings, speculation))
+                runs[speculation].append(run_batch(llm, batch, settings, speculation))
     records = []
     for i, prompt in enumerate(batch):
         plain = [run.answers[i] for run in runs[False]]
@@ -149,10 +157,36 @@ def _one_batch(llm: LLM, batch: list[BenchPrompt], number: int, plan: Plan, meas
     seconds = {way: [run.seconds for run in runs[way]] for way in runs}
     # Side by side: Ctrl-C must find both or neither.
     measured.records.extend(records)
+    measured.plain.extend(runs[False][0].answers if plan.plain else [])
     measured.batches.append({"plain_seconds": seconds[False], "speculative_seconds": seconds[True]})
 
 
-def _run(llm: LLM, batch: list[BenchPrompt], settings: list[SamplingParams], speculation: bool) -> _Run:
+def _control(
+    llm: LLM,
+    batches: Sequence[list[BenchPrompt]],
+    plan: Plan,
+    measured: Measured,
+    tell: Callable[[str], None],
+    save: Callable[[Measured], None],
+) -> None:
+    """Every prompt once more, after all others: the steps are recorded differently (``control.py``)."""
+    assert measured.control is not None, "a control needs a speculative shape"
+    padded = with_shape(llm, measured.control)
+    finished = iter(list(zip(measured.records, measured.plain, strict=True)))
+    backend: Any = llm.engine.backend
+    with accepting_nothing(backend):
+        for number, batch in enumerate(batches):
+            settings = settings_of(plan.params, number * plan.batch, len(batch))
+            for answer in run_batch(padded, batch, settings, True).answers:
+                assert not any(answer.statistics.accepted_at_depth), "the control accepted a drafted token"
+                record, plain = next(finished)
+                record["control_fork"] = _fork(llm, plain, [(answer, "control")])
+            save(measured)
+            tell(f"the control for forks, {number + 1} of {len(batches)} batches")
+
+
+def run_batch(llm: LLM, batch: list[BenchPrompt], settings: list[SamplingParams], speculation: bool) -> _Run:
+    """Answer the prompts at once. A request that fails raises."""
     started = time.perf_counter()
     answers = llm.generate([prompt.prompt for prompt in batch], settings, speculation=speculation)
     seconds = time.perf_counter() - started
@@ -185,7 +219,8 @@ def _record(llm: LLM, plain: Sequence[Completion], drafted: Sequence[Completion]
         "speedup": None,
     }
     if plain:
-        record["fork"] = _fork(llm, plain, drafted)
+        others = [(run, "plain") for run in plain[1:]] + [(run, "speculative") for run in drafted]
+        record["fork"] = _fork(llm, plain[0], others)
         record["equal"] = record["fork"] is None
         record["plain_seconds"], record["plain_decode_seconds"] = _seconds(plain), _decode_seconds(plain)
         record["speedup"] = record["plain_seconds"] / record["seconds"]
@@ -212,20 +247,19 @@ def _decode_seconds(answers: Sequence[Completion]) -> float:
     return statistics.median(a.statistics.seconds - a.statistics.prefill_seconds for a in answers)
 
 
-def _fork(llm: LLM, plain: Sequence[Completion], drafted: Sequence[Completion]) -> dict[str, Any] | None:
-    """The earliest difference of any run from the first plain one.
+def _fork(llm: LLM, plain: Completion, runs: Sequence[tuple[Completion, str]]) -> dict[str, Any] | None:
+    """The earliest difference of any run, each with its way's name, from a plain one.
 
     logit_gap: the plain token's logit minus the other's, by a pass over one row and before any sampling setting; None
     where one of the answers had ended.
     """
-    reference = plain[0].token_ids
-    runs = [(run, "plain") for run in plain[1:]] + [(run, "speculative") for run in drafted]
+    reference = plain.token_ids
     forks = [(at, run.token_ids, way) for run, way in runs if (at := first_fork(reference, run.token_ids)) is not None]
     if not forks:
         return None
     at, other, way = min(forks, key=lambda fork: fork[0])
     both = at < min(len(reference), len(other))
-    logits = llm.next_logits([*plain[0].prompt_token_ids, *reference[:at]]) if both else []
+    logits = llm.next_logits([*plain.prompt_token_ids, *reference[:at]]) if both else []
     return {
         "position": at,
         "plain": reference[at] if at < len(reference) else None,

@@ -37,7 +37,14 @@ NEEDS_CUDA = {
     "read_bandwidth": "GB/s",
     "copy_bandwidth": "GB/s",
     "bytes_per_plain_step": "bytes",
+    "plain_peak_memory_bytes": "bytes",
+    "speculative_peak_memory_bytes": "bytes",
+    "memory_overhead": "x",
+    "memory_overhead_bytes": "bytes",
+    "drafter_resident_bytes": "bytes",
+    "spare_cache_bytes": "bytes",
 }
+NEEDS_CONTROL = {"control_forks": "answers", "control_prompts": "prompts"}
 NEEDS_BASELINE = {
     "plain_vs_mlxlm": "x",
     "mlxlm_tokens_per_second": "tokens/s",
@@ -60,15 +67,18 @@ ALWAYS = {
 }
 
 
-def known_metrics(groups: Iterable[str], plain: bool, baseline: bool = False, cuda: bool = False) -> dict[str, str]:
+def known_metrics(
+    groups: Iterable[str], plain: bool, baseline: bool = False, cuda: bool = False, control: bool = False
+) -> dict[str, str]:
     """Every single-number metric -> its unit, of a run over prompts of these groups, with or without plain runs, a
-    baseline, and an NVIDIA GPU."""
+    baseline, an NVIDIA GPU, and the control for forks."""
     names = sorted(set(groups))
     by_group = [*names, *([OTHER] if any(name != MT_BENCH for name in names) else [])]
     compared = {
         **(NEEDS_PLAIN if plain else {}),
         **(NEEDS_BASELINE if baseline else {}),
         **(NEEDS_CUDA if cuda else {}),
+        **(NEEDS_CONTROL if control else {}),
     }
     return {**compared, **ALWAYS, **{f"tokens_per_step.{g}": "tokens/step" for g in by_group}}
 
@@ -117,6 +127,10 @@ def summarise(records: Sequence[Mapping[str, Any]], batches: Sequence[Mapping[st
         summary |= _against_plain(records, batches, summary)
     if records and all("mlxlm_equal" in r for r in records):
         summary |= against(records)
+    controlled = [r for r in records if "control_fork" in r]
+    if controlled:
+        summary["control_prompts"] = len(controlled)
+        summary["control_forks"] = sum(r["control_fork"] is not None for r in controlled)
     return summary
 
 

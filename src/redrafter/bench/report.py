@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -39,6 +39,10 @@ KEY_METRICS = (
     ("drafter_bytes", "Drafter's weights"),
     ("start_seconds", "Start"),
     ("peak_memory_bytes", "Peak memory"),
+    ("memory_overhead", "Peak memory of speculation over plain decoding"),
+    ("plain_peak_memory_bytes", "Peak memory of plain decoding"),
+    ("speculative_peak_memory_bytes", "Peak memory of speculation"),
+    ("drafter_resident_bytes", "The drafter's weights, tables and caches there"),
     ("plain_step_ms", "Plain step"),
     ("plain_bandwidth_share", "Its share of the bandwidth for reading"),
     ("verify_ratio", "Forward over the tree over a token's"),
@@ -62,7 +66,18 @@ def shown(value: Any, unit: str) -> str:
 def key_figures(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What the run comes to, in the order in which one wants to know it."""
     summary, units = result["summary"], result["units"]
-    return [(name, shown(summary[key], units[key])) for key, name in KEY_METRICS if key in summary]
+    found = {key: shown(summary[key], units[key]) for key, _ in KEY_METRICS if key in summary}
+    if "forks" in found:
+        found["forks"] = forks_said(summary)
+    return [(name, found[key]) for key, name in KEY_METRICS if key in found]
+
+
+def forks_said(summary: Mapping[str, Any]) -> str:
+    """Answers that differ from plain decoding, beside those of the control."""
+    said = f"{summary['forks']} of {summary['prompts']}"
+    if "control_forks" not in summary:
+        return said
+    return f"{said}, control {summary['control_forks']} of {summary['control_prompts']}"
 
 
 def page(result: Mapping[str, Any]) -> str:
@@ -81,6 +96,10 @@ def page(result: Mapping[str, Any]) -> str:
         "<h2>Speed-up by prompt</h2><p>Whole requests, prefill included; the line is plain decoding.</p>"
         + _columns(speedups)
         if speedups
+        else "",
+        "<h2>Forks</h2><p>Where an answer first differs from plain decoding, and the plain token's logit minus the "
+        "other's.</p>" + _forks(forks)
+        if (forks := list(_forks_of(result["prompts"])))
         else "",
         "<h2>Acceptance by depth</h2><p>Share of steps that accepted at least so many drafted tokens.</p>"
         + _bars(depths, "share"),
@@ -114,10 +133,31 @@ def _how(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("code", f"redrafter {source['version']}, commit {commit}"),
         ("device", f"{machine['device']} ({machine['cores']} CPU cores)"),
         ("packages", packages),
-        ("beam shape", ", ".join(f"{name} {value}" for name, value in result["shape"].items())),
+        ("beam shape", _listed(result["shape"])),
+        *([("control's shape", _listed(result["control"]["shape"]))] if result.get("control") else []),
         ("prompts", f"{provenance['prompts']['name']}, SHA-256 {provenance['prompts']['sha256'][:16]}…"),
-        ("settings", ", ".join(f"{name} {value}" for name, value in result["settings"].items())),
+        ("settings", _listed(result["settings"])),
     ]
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _forks_of(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(prompt, fork) of every answer that differs, then of the control's."""
+    for key in ("fork", "control_fork"):
+        yield from ((str(record["id"]), record[key]) for record in records if record.get(key))
+
+
+def _forks(forks: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    head = "".join(f"<th>{title}</th>" for title in ("prompt", "way", "position", "logit gap"))
+    body = ""
+    for name, fork in forks:
+        gap = "one had ended" if fork["logit_gap"] is None else f"{fork['logit_gap']:.4f}"
+        numbers = "".join(f'<td class="n">{value}</td>' for value in (fork["position"], gap))
+        body += f"<tr><td>{escape(name)}</td><td>{fork['other_is']}</td>{numbers}</tr>"
+    return f"<table><tr>{head}</tr>{body}</table>"
 
 
 def _forecasts(lines: Sequence[Mapping[str, Any]]) -> str:

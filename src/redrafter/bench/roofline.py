@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redrafter.algorithm.accept import choose_accept
-from redrafter.algorithm.beam import draft, no_beams
-from redrafter.algorithm.step import Stages, advance, step_noise
+from redrafter.algorithm.beam import no_beams
 from redrafter.algorithm.tree import pack
 from redrafter.backends.torch.graph import without_reading
 from redrafter.backends.torch.linear import PackedLinear
@@ -72,7 +70,7 @@ def step_bytes(backend: TorchBackend) -> int:
 def _parts(backend: TorchBackend, shape: DecodeConfig) -> dict[str, Callable[[], Any]]:
     ops, target, drafter = backend.ops, backend.target, backend.drafter
     backend.reserve(1, CACHED_TOKENS + shape.tree_size + shape.draft_length + 2)
-    stages = getattr(backend, "stages", Stages(step_noise, draft, pack, choose_accept, advance))
+    stages = backend.stages
     state = first_state(backend, shape, backend.no_features(), root=1, length=CACHED_TOKENS)
     beams = stages.draft(ops, drafter, state.reading, state.root, shape, None)
     tree = stages.pack(ops, beams, state.root, shape.tree_size)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from redrafter.bench.control import usual_shape
 from redrafter.bench.measure import Measured, Plan, check_fit, measure, warm_up_said
 from redrafter.bench.metrics import known_metrics, summarise
 from redrafter.bench.mlx_lm_baseline import NAME as NAME_OF_BASELINE
@@ -27,7 +28,7 @@ class Job:
     """What to run and what to write about it.
 
     weights: names, bytes and SHA-256 of target and drafter (``provenance.models``); start_seconds: loading them took
-    that long; command: the command line without this machine's folders.
+    that long; command: the command line without this machine's folders; memory: on a GPU, count it too.
     """
 
     found: PromptSet
@@ -36,6 +37,7 @@ class Job:
     weights: Mapping[str, Any]
     start_seconds: float
     command: str
+    memory: bool = True
 
 
 def result_path(out: Path, name: str | None, model: str, dtype: str) -> Path:
@@ -52,6 +54,8 @@ def run(llm: LLM, job: Job, path: Path, tell: Callable[[str], None]) -> dict[str
     """Measure and write. Until the end, what is finished lies beside ``path`` as ``.partial.json``, marked partial, so
     that neither a kill nor Ctrl-C loses it, and an older result under that name stays whole."""
     check_fit(llm, job.prompts)
+    if job.plan.control and usual_shape(llm.engine.policy) is None:
+        raise InvalidRequest("--control takes the speculative shape and there is none here: name a --tree-size")
     facts = _facts(llm, job)
     unfinished = path.with_suffix(".partial.json")
     measured = measure(
@@ -59,7 +63,9 @@ def run(llm: LLM, job: Job, path: Path, tell: Callable[[str], None]) -> dict[str
     )
     result = _result(llm, job, facts, measured)
     if not measured.partial and on_cuda(llm):
-        tell("timing the parts of a step")
+        tell("counting memory, timing the parts of a step")
+        if job.memory:
+            _add_memory(llm, job, result)
         _add_roofline(llm, result)
     if measured.partial:
         write_json(unfinished, result)
@@ -71,6 +77,19 @@ def run(llm: LLM, job: Job, path: Path, tell: Callable[[str], None]) -> dict[str
 
 def on_cuda(llm: LLM) -> bool:
     return llm.engine.backend.device.type == "cuda"  # type: ignore[attr-defined]
+
+
+def _add_memory(llm: LLM, job: Job, result: dict[str, Any]) -> None:
+    """What either way holds at most, after ``peak_memory_bytes`` was read: counting begins anew."""
+    from redrafter.bench.memory import memory
+
+    shapes = [shape for shape in llm.engine.policy.shapes if shape.speculative]
+    if not shapes:
+        return
+    largest = max(shapes, key=lambda shape: shape.tree_size)
+    batch = list(job.prompts[: job.plan.batch])
+    result["memory"] = {"shape": asdict(largest), "prompts": len(batch), "rows": llm.engine.backend.rows}
+    result["summary"] |= memory(llm, largest, batch, job.plan)
 
 
 def _add_roofline(llm: LLM, result: dict[str, Any]) -> None:
@@ -110,7 +129,8 @@ def _facts(llm: LLM, job: Job) -> dict[str, Any]:
 
 
 def _result(llm: LLM, job: Job, facts: Mapping[str, Any], measured: Measured) -> dict[str, Any]:
-    units = known_metrics(groups_of(job.prompts), job.plan.plain, job.plan.baseline is not None, on_cuda(llm))
+    plan = job.plan
+    units = known_metrics(groups_of(job.prompts), plan.plain, plan.baseline is not None, on_cuda(llm), plan.control)
     memory = peak_memory_bytes(llm.engine.backend.device)  # type: ignore[attr-defined]
     drafter = job.weights["drafter"]
     summary = summarise(measured.records, measured.batches) | {
@@ -124,15 +144,17 @@ def _result(llm: LLM, job: Job, facts: Mapping[str, Any], measured: Measured) ->
         "units": units,
         "shape": asdict(llm.engine.config),
         "cost_table": _forecasts(llm),
+        "control": None if measured.control is None else {"shape": asdict(measured.control)},
         "settings": {
-            "temperature": job.plan.params.temperature,
-            "seed": job.plan.params.seed,
-            "max_new_tokens": job.plan.params.max_new_tokens,
-            "batch": job.plan.batch,
-            "repeat": job.plan.repeat,
-            "warm_up": warm_up_said(llm, job.plan),
-            "plain": job.plan.plain,
-            "baseline": None if job.plan.baseline is None else NAME_OF_BASELINE,
+            "temperature": plan.params.temperature,
+            "seed": plan.params.seed,
+            "max_new_tokens": plan.params.max_new_tokens,
+            "batch": plan.batch,
+            "repeat": plan.repeat,
+            "warm_up": warm_up_said(llm, plan),
+            "plain": plan.plain,
+            "control": plan.control,
+            "baseline": None if plan.baseline is None else NAME_OF_BASELINE,
         },
         "memory_bytes": memory,
         "provenance": dict(facts),

@@ -38,6 +38,7 @@ Examples:
   redrafter bench
   redrafter bench --prompts questions.jsonl --limit 20 --spread --dtype bfloat16
   redrafter bench --prompts questions.jsonl --no-plain --tree-size 64
+  redrafter bench --prompts questions.jsonl --device cuda --dtype bfloat16 --tree-size 64 --control
   redrafter bench --figure cpu_speedup=speedup
   redrafter bench --report benchmarks/results/RESULT.json -o page.html
 """
@@ -75,6 +76,10 @@ def bench(
     batch: Annotated[int, typer.Option(min=1, help="Requests at once, each way.")] = 1,
     repeat: Annotated[int, typer.Option(min=1, help="Times each way; seconds are medians.")] = 1,
     no_plain: Annotated[bool, typer.Option("--no-plain", help="Speculative only: tokens per step.")] = False,
+    control: Annotated[
+        bool,
+        typer.Option("--control", help="Also count forks of plain decoding with steps of the speculative size."),
+    ] = False,
     instrument: Annotated[
         str | None,
         typer.Option(
@@ -108,7 +113,7 @@ def bench(
     found = load_prompts(prompts)
     chosen = select(found, category, limit, spread)
     cuda = _needs_cuda(figure or [], backend, device) or instrument is not None
-    metrics = _metrics(chosen, not no_plain, baseline is not None, cuda)
+    metrics = _metrics(chosen, not no_plain, baseline is not None, cuda, control)
     wanted = parse_figures(figure or [], metrics, not no_plain)
     planned = result_path(out, name, "model", dtype)
     if wanted:
@@ -135,6 +140,7 @@ def bench(
             batch=batch,
             repeat=repeat,
             plain=not no_plain,
+            control=control,
             baseline=_baseline(baseline, llm, params, batch, model) if baseline else None,
         ),
         weights=_weights(model, drafter, instrument),
@@ -150,19 +156,18 @@ def bench(
         _record(result, wanted, path)
 
 
-def _metrics(chosen: Sequence[BenchPrompt], plain: bool, baseline: bool, cuda: bool) -> dict[str, str]:
-    if baseline and not plain:
-        raise InvalidRequest("--baseline compares with plain decoding: drop --no-plain")
-    return known_metrics(groups_of(chosen), plain, baseline, cuda)
+def _metrics(chosen: Sequence[BenchPrompt], plain: bool, baseline: bool, cuda: bool, control: bool) -> dict[str, str]:
+    for name, asked in (("--baseline", baseline), ("--control", control)):
+        if asked and not plain:
+            raise InvalidRequest(f"{name} compares with plain decoding: drop --no-plain")
+    return known_metrics(groups_of(chosen), plain, baseline, cuda, control)
 
 
 def _needs_cuda(figure: Sequence[str], backend: str, device: str) -> bool:
-    """Whether a figure is of the parts of a step, which are timed on an NVIDIA GPU. InvalidRequest: there is none."""
+    """Whether a figure is of a step's parts or of memory, which take an NVIDIA GPU. InvalidRequest: there is none."""
     asked = [text for text in figure if text.partition("=")[2] in NEEDS_CUDA]
     if asked and not _is_cuda(backend, device):
-        raise InvalidRequest(
-            f"--figure {asked[0]!r}: the parts of a step are timed on an NVIDIA GPU: use --device cuda"
-        )
+        raise InvalidRequest(f"--figure {asked[0]!r} is measured on an NVIDIA GPU: use --device cuda")
     return bool(asked)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +147,18 @@ class MLXBackend(BaseBackend):
         cache.reserve(rows, grown if tokens > cache.slots else cache.slots)
         if self.drafter is not None:
             self.drafter.allocate(cache.rows, cache.slots)
-
         self.steps.clear()  # what was compiled for the old shapes is of no more use
+
+    @contextmanager
+    def recorded_anew(self) -> Iterator[None]:
+        kept, size = self.steps, (self.rows, self.slots)
+        self.steps = Steps(self._whole_step, kept.compiled)
+        try:
+            yield
+        finally:
+            self.steps = kept
+            if (self.rows, self.slots) != size:
+                kept.clear()
 
     @property
     def _caches(self) -> list[KVCache]:
@@ -175,7 +186,7 @@ class MLXBackend(BaseBackend):
         return max(self.host(lengths_B))
 
     def _whole_step(self, state: DecodeState, config: DecodeConfig) -> tuple[DecodeState, Accepted, TokenTree, Fetched]:
-        after, accepted, tree = step(self.ops, self.target, self.drafter, state, config)
+        after, accepted, tree = step(self.ops, self.target, self.drafter, state, config, self.stages)
         return after, accepted, tree, super().fetch(accepted, tree)
 
     def fetch(self, accepted: Accepted, tree: TokenTree) -> Fetched:

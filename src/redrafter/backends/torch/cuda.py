@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -55,15 +56,11 @@ class GraphBackend(TorchBackend):
             kind = partial(KernelDrafter, embedding=target.model.get_input_embeddings().weight)
             self.drafter = bind(target, drafter, table=table, kind=kind)
         self.run_ahead = True
-        record = record or CudaRecorder(target.device)
-        self._runner = GraphRunner(self.whole_step, record, lambda: self.rows)
-        self._read_prompt = PromptReader(target, self.drafter, record)
+        self.stages = KERNELS
+        self._record = record or CudaRecorder(target.device)
+        self._runner, self._read_prompt = self._recorders()
         self._pinned: dict[Any, list[Any]] = {}
         self._told: Any = None
-
-    @property
-    def stages(self) -> Stages:
-        return KERNELS
 
     @property
     def graphs(self) -> int:
@@ -76,6 +73,24 @@ class GraphBackend(TorchBackend):
         if (self.rows, self.slots) != before:
             self._runner.clear()
             self._read_prompt.clear()
+
+    def _recorders(self) -> tuple[GraphRunner, PromptReader]:
+        """For steps and for prompts."""
+        runner = GraphRunner(self.whole_step, self._record, lambda: self.rows)
+        return runner, PromptReader(self.target, self.drafter, self._record)
+
+    @contextmanager
+    def recorded_anew(self) -> Iterator[None]:
+        kept, size = (self._runner, self._read_prompt), (self.rows, self.slots)
+        self._runner, self._read_prompt = self._recorders()
+        try:
+            yield
+        finally:
+            self.synchronize()
+            self._runner, self._read_prompt = kept
+            if (self.rows, self.slots) != size:  # the caches have moved
+                self._runner.clear()
+                self._read_prompt.clear()
 
     def prepare(self) -> None:
         """Record what reads prompts, before there are any."""
