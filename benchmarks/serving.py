@@ -7,6 +7,7 @@
     python benchmarks/serving.py soak --tiny --out R.json          10,000 short requests, growth of the server's memory
     python benchmarks/serving.py ttft --out R.json                 a prompt of 2,000 tokens beside running streams
     python benchmarks/serving.py speed --out R.json                speculation against plain at --levels 1,4,8
+    python benchmarks/serving.py speed --paced --out R.json        the same over a stand-in for a GPU (what HTTP costs)
     python benchmarks/serving.py speed --instrument llama-2-7b --device cuda --dtype bfloat16 --levels 1,8,32 ...
 
 Without --tiny it is the default model, or --model with its --drafter. Figures are taken with
@@ -161,7 +162,7 @@ def timed(args: argparse.Namespace) -> Found:
 def child_arguments(args: argparse.Namespace) -> list[str]:
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    return [*words, *(["--tiny"] if args.tiny else [])]
+    return [*words, *(f"--{name}" for name in ("tiny", "paced") if getattr(args, name))]
 
 
 OPTIONS = ("model", "drafter", "dtype", "device", "threads", "instrument", "max_context", "max_batch", "max_queue")
@@ -180,6 +181,9 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=(*COMMANDS, "host"))
     parser.add_argument("--tiny", action="store_true", help="a tiny random model")
+    parser.add_argument(
+        "--paced", action="store_true", help="a stand-in for a GPU: steps of 6 ms that need no processor"
+    )
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--drafter", default="auto")
     parser.add_argument("--dtype", default="auto")
@@ -216,8 +220,8 @@ def main(arguments: list[str]) -> int:
         return host(args)
     metrics, details = COMMANDS[args.what](args)
     command = shlex.join(["python", "benchmarks/serving.py", *map(portable, arguments)])
-    settings = {name: getattr(args, name) for name in (*OPTIONS, "tiny", "count", "seed")}
-    settings["model"] = None if args.tiny else portable(args.model)
+    settings = {name: getattr(args, name) for name in (*OPTIONS, "tiny", "paced", "count", "seed")}
+    settings["model"] = None if args.tiny or args.paced else portable(args.model)
     settings["drafter"] = portable(args.drafter)
     details = {"settings": {**settings, "plain": True}, **details}
     write_json(args.out, measured(metrics, torch.device(args.device), command, details))

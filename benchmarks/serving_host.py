@@ -1,7 +1,8 @@
 """A server in a process of its own, for ``serving.py``: clients in another process do not take its time or memory.
 
 The child prints one JSON line, ``{"url", "pid"}``; then, for every line of requests on its stdin, it runs them on the
-engine itself, without HTTP, and prints ``{"seconds", "tokens", "steps"}``. It ends with its stdin.
+engine itself, without HTTP, and prints ``{"seconds", "tokens", "steps", "graphs"}``; no requests just tell ``graphs``.
+It ends with its stdin.
 """
 
 from __future__ import annotations
@@ -21,11 +22,16 @@ import torch
 
 from redrafter.llm import LLM
 from redrafter.params import SamplingParams
+from tests.server.paced import paced_llm
 from tests.server.serving import running, tiny_llm
 
 
 def open_llm(args: argparse.Namespace) -> LLM:
-    """The tiny random model, a model of the user's, or the instrument over it (``redrafter.bench.instrument``)."""
+    """The tiny random model, the stand-in for a GPU, a model of the user's, or the instrument over it
+    (``redrafter.bench.instrument``)."""
+    if args.paced:
+        torch.set_num_threads(1)
+        return paced_llm(context=args.max_context, max_batch=args.max_batch)
     if args.tiny:
         torch.set_num_threads(1)
         return tiny_llm(context=args.max_context, max_batch=args.max_batch)
@@ -80,7 +86,8 @@ def direct(llm: LLM, bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for event in engine.step():
             assert event.error is None, event.error
             tokens += len(event.tokens)
-    return {"seconds": time.perf_counter() - began, "tokens": tokens, "steps": steps}
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "tokens": tokens, "steps": steps, "graphs": engine.backend.graphs or 0}
 
 
 class Host:
@@ -101,6 +108,10 @@ class Host:
         self._process.stdin.write(json.dumps(bodies) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
+
+    def graphs(self) -> int:
+        """Steps recorded so far; 0 where they are not recorded."""
+        return int(self.direct([])["graphs"])
 
     def resident_bytes(self) -> int:
         """Memory that the server holds now (Linux)."""
