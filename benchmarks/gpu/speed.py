@@ -33,6 +33,7 @@ from redrafter.models import resolve, resolve_drafter
 from redrafter.params import DecodeConfig, SamplingParams
 
 SHAPE = DecodeConfig(beam_width=8, branching=8, draft_length=8, tree_size=64)
+EXACT_BATCH = 4
 STAGES = {"fp32": None, "small": None, "7b": "llama-2-7b", "1.5b": "qwen2.5-1.5b"}
 
 
@@ -56,15 +57,16 @@ class Campaign:
         started = time.perf_counter()
         shape, args = STAGES[stage], self.args
         if shape is None:
-            dtype = "float32" if stage == "fp32" else args.dtype
+            exact = stage == "fp32"
             llm = LLM.from_pretrained(
                 str(args.model),
                 args.drafter,
                 backend="torch",
-                dtype=dtype,
+                dtype="float32" if exact else args.dtype,
                 device=args.device,
                 max_context=args.max_context,
-                max_batch=args.max_batch,
+                max_batch=EXACT_BATCH if exact else args.max_batch,
+                config=SHAPE if exact else None,
             )
         else:
             from redrafter.backends.torch.load import DTYPES
@@ -143,11 +145,11 @@ class Campaign:
         llm, start = self.open(stage)
         args = self.args
         backend = llm.engine.backend
+        if stage == "fp32":
+            self.bench(stage, "greedy", llm, start, limit=args.exact, batch=EXACT_BATCH, category="")
+            return
         engine = Engine(backend, SHAPE, args.max_batch)
         fixed = self.fresh(LLM(engine, llm.tokenizer, model=llm.model, drafter=llm.drafter))
-        if stage == "fp32":
-            self.bench(stage, "greedy", fixed, start, limit=args.exact, batch=4, category="")
-            return
         self.roofline(stage, llm, start)
         few = args.limit
         self.bench(stage, "greedy-n64", fixed, start, limit=few, control=args.control)
