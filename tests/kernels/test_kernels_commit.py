@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from redrafter.backends.torch.graph import IDLE
 from redrafter.backends.torch.kv_cache import KVCache
 from redrafter.errors import UnsupportedModel
 from tests.kernels.twins import random
@@ -48,6 +49,15 @@ def test_update(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.d
         assert torch.equal(stored[0], cache.keys[1, 1:, :, :50]) and torch.equal(stored[1], cache.values[1, 1:, :, :50])
     assert same(eager, kernel)
     assert torch.equal(kernel.keys[1, 1, :, 9], keys[0, :, 2].to(dtype))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_an_idle_row_keeps_nothing(shape: tuple[int, int, int], device: torch.device) -> None:
+    """Its path may name nodes that lie behind the cache: a graph of 32 rows read there once, and a GPU refused."""
+    _, cache = twins(shape, torch.float32, device, rows=2, slots=60)
+    keys, values = cache.keys.clone(), cache.values.clone()
+    cache.keep_path(torch.tensor([IDLE, IDLE], device=device), torch.tensor([[0, 63, 40], [0, 5, 6]], device=device))
+    assert torch.equal(cache.keys, keys) and torch.equal(cache.values, values)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

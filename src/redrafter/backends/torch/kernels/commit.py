@@ -70,7 +70,8 @@ def _keep_path(
     column = tl.arange(0, WIDTH_P)[None, :]
     first = tl.load(lengths + row * length_row)
     node = tl.load(path + row * path_row + depth, mask=depth < DEPTHS, other=0)
-    moves = ((depth < DEPTHS) & (node != depth))[:, None] & (column < WIDTH)
+    # An idle row's path leads anywhere, also behind the cache.
+    moves = ((depth < DEPTHS) & (node != depth) & (first >= 0))[:, None] & (column < WIDTH)
     start = layer * layer_stride + row * row_stride + tl.program_id(1).to(tl.int64) * head_stride
     source = start + (first + node)[:, None] * slot_stride + column
     to = start + (first + depth)[:, None] * slot_stride + column
@@ -82,7 +83,8 @@ def _keep_path(
 
 
 def keep_path(keys: Tensor, values: Tensor, lengths_B: Tensor, path_BD: Tensor) -> None:
-    """Slot ``lengths_B`` + d becomes what slot ``lengths_B`` + ``path_BD[:, d]`` was, in every layer.
+    """Slot ``lengths_B`` + d becomes what slot ``lengths_B`` + ``path_BD[:, d]`` was, in every layer; nothing does in a
+    row of negative length.
 
     ``keys``, ``values`` [L, B or more, H, S, d], which share their strides; the last axis is dense.
     """
@@ -124,4 +126,4 @@ class KernelCache(KVCache):
 
     def keep_path(self, lengths_B: Tensor, path_BD: Tensor) -> None:
         if path_BD.shape[1] > 1:
-            keep_path(self.keys, self.values, self.first_slots(lengths_B, path_BD.shape[1]), path_BD)
+            keep_path(self.keys, self.values, lengths_B, path_BD)
