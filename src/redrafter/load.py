@@ -52,9 +52,12 @@ def load(
         opened = _open_mlx(files, drafter, dtype, device, max_context, compile)
     else:
         opened = _open_torch(files, drafter, dtype, device, max_context, max_batch, compile)
-    if config is not None or drafter is None:
+    candidates: list[Candidate] = []
+    if config is None and drafter is not None:
+        candidates = known_shapes(read_config(drafter).get("metadata") or {}) or UNMEASURED
+    opened.prepare(max_batch, [c.config for c in candidates] or [config or PLAIN])
+    if not candidates:
         return Engine(opened, config or PLAIN, max_batch)
-    candidates = known_shapes(read_config(drafter).get("metadata") or {}) or UNMEASURED
     return Engine(opened, adaptive(opened, candidates, max_batch), max_batch)
 
 
@@ -109,12 +112,9 @@ def _open_torch(
     if trouble := kernels_trouble():
         raise InvalidRequest(f"device={device!r}: {trouble}")
     from redrafter.backends.torch.attention import KERNEL
-    from redrafter.backends.torch.cuda import SPARE_SLOTS, GraphBackend
+    from redrafter.backends.torch.cuda import GraphBackend
 
-    backend = GraphBackend(load_target(files.path, number, where, layers, KERNEL), weights, context_limit, eos)
-    backend.reserve(max_batch, context_limit + SPARE_SLOTS)
-    backend.prepare()
-    return backend
+    return GraphBackend(load_target(files.path, number, where, layers, KERNEL), weights, context_limit, eos)
 
 
 def _open_mlx(

@@ -21,8 +21,8 @@ from redrafter.backends.torch.load import TorchBackend, make_target
 from redrafter.batch import first_state, join
 from redrafter.bench.control import accepting_nothing
 from redrafter.engine import Engine
-from redrafter.params import PLAIN, DecodeConfig
-from tests.tiny import VOCAB, drafter_config, make_model
+from redrafter.params import PLAIN, DecodeConfig, SamplingParams
+from tests.tiny import VOCAB, drafter_config, make_model, run
 from tests.traffic import Visit, play, random_visits
 
 SHAPE = DecodeConfig(beam_width=3, branching=3, draft_length=3, tree_size=8)
@@ -69,7 +69,8 @@ def make(kind: str, attention: str = EXACT, rows: int = 3, **config: Any) -> Tor
     if kind == "plain":
         return TorchBackend(target, drafter, 200, {2}, table=drafter.config.cell == "gru")
     backend = GraphBackend(target, drafter, 200, {2}, record=rerun)
-    backend.reserve(rows, 264)
+    if rows:
+        backend.reserve(rows, 264)
     return backend
 
 
@@ -134,6 +135,19 @@ def test_a_graph_serves_every_step_of_its_kind() -> None:
     assert 0 < first == backend.graphs
     backend.reserve(3, 300)
     assert backend.graphs == 0, "the cache moved: graphs that point to it must go"
+
+
+def test_what_is_prepared_lasts_to_the_contexts_end() -> None:
+    """No request makes the cache move, which would drop all graphs: here a prompt and an answer that fill it."""
+    plain, recorded = make("plain", FAST), make("graph", KERNEL, rows=0)
+    recorded.prepare(2, [SHAPE, PLAIN])
+    assert (recorded.rows, recorded.slots) == (2, 200 + 128)
+    prompt = [(7 * i) % (VOCAB - 3) + 3 for i in range(190)]
+    answers = [
+        run(Engine(b, SHAPE), prompt, SamplingParams(max_new_tokens=50, ignore_eos=True)) for b in (plain, recorded)
+    ]
+    assert answers[0][0] == answers[1][0] and len(answers[0][0]) == 10
+    assert (recorded.rows, recorded.slots) == (2, 200 + 128)
 
 
 def test_a_prompt_is_read_as_in_chunks() -> None:

@@ -70,6 +70,10 @@ class BaseBackend:
         """One decoding step of every row of ``state``; a backend that replays it as a graph overrides this."""
         return step(self.ops, self.target, self.drafter, state, config, self.stages)
 
+    def prepare(self, max_batch: int, shapes: Sequence[DecodeConfig]) -> None:
+        """Do before the first request what would keep it waiting; ``shapes``: all that steps may take. Here caches grow
+        with use."""
+
     @contextmanager
     def recorded_anew(self) -> Iterator[None]:
         """Inside, nothing was recorded yet; afterwards what was recorded before is there again. Only while no request

@@ -92,6 +92,9 @@ class Backend(Protocol):
     def read(self, handle: Any) -> Outcome:
         """Wait for what ``fetch`` started."""
 
+    def prepare(self, max_batch: int, shapes: Sequence[DecodeConfig]) -> None:
+        """Do before the first request what would keep it waiting; ``shapes``: all that steps may take."""
+
     def catch_up(self, reading: Reading) -> None:
         """Let the drafter read pairs ahead of its next step, rows 0 onward."""
 

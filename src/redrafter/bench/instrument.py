@@ -61,13 +61,12 @@ def open_instrument(
         backend = TorchBackend(make_target(model, layers), large, max_context, eos)
         backend.reserve(max_batch, max_context + 2 * MAX_TREE)
     else:
-        from redrafter.backends.torch.cuda import SPARE_SLOTS, GraphBackend
+        from redrafter.backends.torch.cuda import GraphBackend
 
-        backend = recorded = GraphBackend(make_target(model, layers), large, max_context, eos)
-        recorded.reserve(max_batch, max_context + SPARE_SLOTS)
-        recorded.prepare()
+        backend = GraphBackend(make_target(model, layers), large, max_context, eos)
+    candidates = [] if config else known_shapes(read_config(drafter).get("metadata") or {})
+    backend.prepare(max_batch, [config] if config else [c.config for c in candidates])
     if config is None:
-        candidates = known_shapes(read_config(drafter).get("metadata") or {})
         engine = Engine(backend, adaptive(backend, candidates, max_batch), max_batch)
     else:
         engine = Engine(backend, config, max_batch)

@@ -28,10 +28,8 @@ from redrafter.backends.torch.load import TorchBackend, bind
 from redrafter.backends.torch.prompt import LENGTHS, PromptReader
 from redrafter.backends.torch.target import TorchTarget
 from redrafter.backends.torch.trunk import Attend
-from redrafter.params import MAX_TREE, DecodeConfig
+from redrafter.params import DecodeConfig
 
-SPARE_SLOTS = 2 * MAX_TREE
-"""Cache slots beyond the context: a tree at its end, and what a step ahead of an answer's end writes."""
 STEP_PAIRS = 16
 """The trunk's kernel is compiled for every number of pairs: for those of a step, not for every length of a prompt."""
 IN_FLIGHT = 3
@@ -92,8 +90,11 @@ class GraphBackend(TorchBackend):
                 self._runner.clear()
                 self._read_prompt.clear()
 
-    def prepare(self) -> None:
-        """Record what reads prompts, before there are any."""
+    def prepare(self, max_batch: int, shapes: Sequence[DecodeConfig]) -> None:
+        """All of the cache, with room beyond the context for a tree at its end and what a step ahead of an answer's end
+        writes, or for the pads of a prompt; and the graphs that read prompts."""
+        spare = 2 * max([LENGTHS[-1] // 2, *(shape.tree_size for shape in shapes)])
+        self.reserve(max_batch, self.context_limit + spare)
         for length in LENGTHS:
             self.prefill(0, [0] * min(length, self.context_limit))
 
