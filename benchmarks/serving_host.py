@@ -22,6 +22,7 @@ import torch
 
 from redrafter.llm import LLM
 from redrafter.params import SamplingParams
+from redrafter.server.run import settle_memory
 from tests.server.paced import paced_llm
 from tests.server.serving import running, tiny_llm
 
@@ -67,6 +68,7 @@ def host(args: argparse.Namespace) -> int:
     llm = open_llm(args)
     llm.engine.prefix_reuse = not args.no_prefix_reuse
     with running(llm, max_queue=args.max_queue) as run:
+        settle_memory()
         print(json.dumps({"url": run.url, "pid": os.getpid()}), flush=True)
         for line in sys.stdin:
             print(json.dumps(direct(llm, json.loads(line))), flush=True)

@@ -245,3 +245,30 @@ def test_short_prompts_are_read_together_and_never_more_than_a_chunk(
         engine.check()
     assert [tokens for tokens in steps if tokens] == [[4, 4], [4], [8], [3]]
     assert list(ids.values()) == expected
+
+
+def test_who_comes_while_a_prompt_is_read_joins_in_the_same_step(backend: TorchBackend) -> None:
+    visits = [Visit(0, None, PROMPT[i:], SamplingParams(max_new_tokens=6)) for i in range(4)]
+    policy = Scripted((TREE,), iter([TREE] * 100))
+    engine = Engine(backend, policy, max_batch=4, prefix_reuse=False)
+    late = iter(range(1, 4))
+
+    def arrive() -> None:
+        for i in late:
+            engine.add(str(i), visits[i].prompt, visits[i].params)
+            break
+        else:
+            engine.cancel("1")
+
+    ids: dict[str, list[int]] = {str(i): [] for i in range(4)}
+    reasons: dict[str, str | None] = {}
+    engine.add("0", visits[0].prompt, visits[0].params)
+    while engine.has_work:
+        for event in engine.step(arrive):
+            ids[event.request_id] += event.tokens
+            reasons[event.request_id] = event.finish_reason
+        engine.check()
+    assert policy.rows[0] == 3, "the fourth was cancelled by then"
+    expected = alone(backend, visits)
+    assert ids == {"0": expected[0], "1": [], "2": expected[2], "3": expected[3]}
+    assert reasons == {"0": "length", "1": "cancelled", "2": "length", "3": "length"}

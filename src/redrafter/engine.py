@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,11 +168,14 @@ class Engine:
         self._flights.clear()
         self._prefilling = self._state = None
 
-    def step(self) -> list[Event]:
-        """Read a chunk of waiting prompts, advance every running request by one step, say what happened."""
+    def step(self, arrive: Callable[[], None] | None = None) -> list[Event]:
+        """Read a chunk of waiting prompts, advance every running request by one step, say what happened. ``arrive`` is
+        called after each prompt and may ``add`` and ``cancel``: who came while it was read joins in the same step."""
         read = 0
         while more := self._prefill(base.PREFILL_CHUNK - read):
             read += more
+            if arrive is not None:
+                arrive()
         launched = self._launch(alone=not read)
         ahead = 1 if launched and self.backend.run_ahead else 0
         while len(self._flights) > ahead:

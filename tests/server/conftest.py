@@ -54,9 +54,9 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
     with running(tiny_llm(max_batch=1), max_queue=1) as run:
         step = run.engine.step
 
-        def slower() -> Any:
+        def slower(*given: Any) -> Any:
             time.sleep(0.02)
-            return step()
+            return step(*given)
 
         monkeypatch.setattr(run.engine, "step", slower)
         yield run

@@ -21,11 +21,11 @@ def fail_once(run: Running, error: BaseException, when: Callable[[], bool] = lam
     step = run.engine.step
     done = threading.Event()
 
-    def failing() -> Any:
+    def failing(*given: Any) -> Any:
         if when() and not done.is_set():
             done.set()
             raise error
-        return step()
+        return step(*given)
 
     run.engine.step = failing  # type: ignore[method-assign]
 
@@ -123,7 +123,7 @@ def test_the_death_of_the_engine_is_told_to_everybody(error: BaseException) -> N
     with running() as run:
         if isinstance(error, MemoryError):  # the engine does not come back from it: every step raises
 
-            def broken() -> Any:
+            def broken(*_: Any) -> Any:
                 raise error
 
             run.engine.step = broken  # type: ignore[method-assign]
@@ -149,9 +149,9 @@ def test_a_step_that_hangs_fails_health(slow: Running) -> None:
     go_on = threading.Event()
     step = slow.engine.step
 
-    def hanging() -> Any:
+    def hanging(*given: Any) -> Any:
         go_on.wait(20)
-        return step()
+        return step(*given)
 
     slow.engine.step = hanging  # type: ignore[method-assign]
     with ThreadPoolExecutor(1) as pool:

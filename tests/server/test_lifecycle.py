@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -194,3 +195,13 @@ def test_a_body_that_does_not_come_is_given_up(server: Running) -> None:
         object.__setattr__(server.service.settings, "body_timeout", 30.0)
     assert said.startswith(b"HTTP/1.1 408 ")
     assert json.loads(said.partition(b"\r\n\r\n")[2])["error"]["code"] == "timeout"
+
+
+def test_what_was_loaded_is_not_looked_at_again_by_the_garbage_collector() -> None:
+    before = gc.get_freeze_count()
+    run_module.settle_memory()
+    try:
+        assert gc.get_freeze_count() > before
+        assert len(gc.get_objects()) < 0.1 * gc.get_freeze_count()
+    finally:
+        gc.unfreeze()

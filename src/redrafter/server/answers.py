@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from redrafter.errors import RedrafterError
 from redrafter.reply import Chunk, Completion, Reply
 from redrafter.requests import Event, RequestStatistics, StepTree
+from redrafter.server.quiet import Quiet
 from redrafter.server.settings import MAX_UNREAD
 from redrafter.server.worker import Job, Worker
 
@@ -118,17 +119,21 @@ class Answers:
 
     async def parts(self, patience: float) -> AsyncIterator[Part | None]:
         """Every part in the order of the steps; None after ``patience`` seconds without one."""
-        while True:
-            while self._parts:
-                yield self._parts.popleft()
-            if all(reply.completion is not None for reply in self._replies):
-                return
-            self._wake.clear()
-            try:
-                async with asyncio.timeout(patience):
-                    await self._wake.wait()
-            except TimeoutError:
-                yield None
+        quiet = Quiet(patience, self._wake.set)
+        try:
+            while True:
+                while self._parts:
+                    yield self._parts.popleft()
+                if all(reply.completion is not None for reply in self._replies):
+                    return
+                self._wake.clear()
+                await self._wake.wait()
+                if self._parts:
+                    quiet.heard()
+                else:
+                    yield None
+        finally:
+            quiet.close()
 
     async def finish(self) -> None:
         """Wait until all answers are complete, without keeping the parts."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -150,6 +151,13 @@ def bind(settings: ServeSettings) -> socket.socket:
     return listener
 
 
+def settle_memory() -> None:
+    """What was loaded stays: the garbage collector need not look at it again. Looking at the 370,000 objects of torch
+    and a model stops every stream for 0.2 s."""
+    gc.collect()
+    gc.freeze()
+
+
 def serve(
     llm: LLM, settings: ServeSettings, listener: socket.socket, tell: Callable[[str], None], **options: Any
 ) -> int | None:
@@ -159,6 +167,7 @@ def serve(
     port = listener.getsockname()[1]
     host = f"[{settings.host.strip('[]')}]" if ":" in settings.host else settings.host
     scheme = "https" if options.get("ssl_certfile") else "http"
+    settle_memory()
     tell(f"{scheme}://{host}:{port}")
     asyncio.run(server.serve(sockets=[listener]))
     return server.stopped_by

@@ -17,6 +17,7 @@ from redrafter.server import payloads
 from redrafter.server.answers import Answers, Part
 from redrafter.server.outcome import as_api_error
 from redrafter.server.payloads import Shape
+from redrafter.server.quiet import Quiet
 from redrafter.server.settings import ServeSettings
 
 T = TypeVar("T")
@@ -79,9 +80,23 @@ class EventStream(Response):
                 scope.get("extensions", {}).get(ABORT, _nothing)()
 
     async def _write(self, send: Send) -> None:
-        async for data in self._writer.events(self._answers, self._settings.keep_alive):
-            async with asyncio.timeout(self._settings.send_timeout):
-                await send({"type": "http.response.body", "body": data, "more_body": True})
+        """TimeoutError: the client took nothing for ``send_timeout`` seconds while there was something to send."""
+        sending = False
+
+        def ring() -> None:
+            if sending:
+                limit.reschedule(asyncio.get_running_loop().time())
+
+        async with asyncio.timeout(None) as limit:
+            quiet = Quiet(self._settings.send_timeout, ring)
+            try:
+                async for data in self._writer.events(self._answers, self._settings.keep_alive):
+                    quiet.heard()
+                    sending = True
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                    sending = False
+            finally:
+                quiet.close()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

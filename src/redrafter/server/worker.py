@@ -183,10 +183,9 @@ class Worker:
             self._take_commands(wait=not self._engine.has_work)
             if self._stopping or not self._engine.has_work:
                 continue
-            self._switch.plain = bool(self._held) and not any(self._held.values())
             self._busy_since = time.monotonic()
             try:
-                events = self._engine.step()
+                events = self._engine.step(lambda: self._take_commands(wait=False))
                 faults = 0
             except Exception as error:
                 faults += 1
@@ -204,6 +203,11 @@ class Worker:
                 self._call(self._deliver, [e._replace(statistics=copy.copy(e.statistics)) for e in events])
 
     def _take_commands(self, wait: bool) -> None:
+        """Before a step, and after each prompt that it reads: requests that came at once then decode together."""
+        self._handle_commands(wait)
+        self._switch.plain = bool(self._held) and not any(self._held.values())
+
+    def _handle_commands(self, wait: bool) -> None:
         while True:
             try:
                 command = self._commands.get(block=wait)
