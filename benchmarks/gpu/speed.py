@@ -106,13 +106,13 @@ class Campaign:
             raise KeyboardInterrupt
         s = result["summary"]
         print(
-            f"{stage:<6}{name:<22} x{s['speedup']:.3f} ({s['speedup_q1']:.2f}..{s['speedup_q3']:.2f}) plain "
+            f"{stage:<6}{name:<22} x{s['speedup_per_token']:.3f} ({s['speedup_q1']:.2f}..{s['speedup_q3']:.2f}) plain "
             f"{s['plain_tokens_per_second']:.0f} spec {s['speculative_tokens_per_second']:.0f} tok/s, tau "
             f"{s['tokens_per_step']:.3f}, forks {forks_said(s)}, {time.perf_counter() - T0:.0f} s",
             flush=True,
         )
         if "adaptive" in name:
-            self.worst[f"{stage}-{name}"] = s["speedup"]
+            self.worst[f"{stage}-{name}"] = s["speedup_per_token"]
             self.write_worst()
 
     def write_worst(self) -> None:
