@@ -68,8 +68,8 @@ def _tree_attention(
     query, keys, values, lengths, ancestors, at, out, partial, arrived, nodes, scale, softcap,
     q_row, q_head, q_node, kv_row, kv_head, kv_slot, length_row, word_row, word_node, at_row,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, LEAST: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, MOVED: tl.constexpr, EARLY: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    MOVED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     start_early(EARLY)
     part = tl.program_id(0)
@@ -79,7 +79,7 @@ def _tree_attention(
     length = tl.load(lengths + row * length_row).to(tl.int32)
     extent = length + nodes
     blocks = (extent + BN - 1) // BN
-    parts = tl.minimum(tl.maximum(blocks // LEAST, 1), PARTS)
+    parts = tl.minimum(blocks, PARTS)
     if part < parts:
         r = tile * BM + tl.arange(0, BM)
         column = tl.arange(0, PADDED)
@@ -101,12 +101,12 @@ def _tree_attention(
             tl.zeros((BM,), tl.float32),
         )
         prefix = length // BN
-        for block in range(part, prefix, parts):
+        for block in range(part, prefix, PARTS):
             slot = block * BN + tl.arange(0, BN)
             state = _block(q, state, k, v, slot, extent, kv_slot, length, low, high, scale, softcap,
                            PADDED, D, False, SOFTCAP, PRECISION)  # fmt: skip
-        done = (tl.maximum(prefix - part, 0) + parts - 1) // parts
-        for block in range(part + done * parts, blocks, parts):
+        done = (tl.maximum(prefix - part, 0) + PARTS - 1) // PARTS
+        for block in range(part + done * PARTS, blocks, PARTS):
             slot = block * BN + tl.arange(0, BN)
             state = _block(q, state, k, v, slot, extent, kv_slot, length, low, high, scale, softcap,
                            PADDED, D, True, SOFTCAP, PRECISION)  # fmt: skip
@@ -158,8 +158,6 @@ class AttentionPlan(NamedTuple):
     tile_rows: int
     block_slots: int
     parts: int
-    least: int
-    """blocks of a part, unless there is only one"""
     tiles: int
     warps: int
     stages: int
@@ -180,7 +178,7 @@ def plan_attention(query_BHNd: Tensor, keys_BHSd: Tensor) -> AttentionPlan:
     wanted = nodes * (heads // kv_heads)
     exact = keys_BHSd.dtype == torch.float32  # without tensor cores larger tiles do not fit into registers
     tile = 16 if exact else min(64, max(16, triton.next_power_of_2(wanted)))
-    return AttentionPlan(tile, block, parts, 1, triton.cdiv(wanted, tile), 8 if exact or width > 128 else 4, 2)
+    return AttentionPlan(tile, block, parts, triton.cdiv(wanted, tile), 8 if exact or width > 128 else 4, 2)
 
 
 def tree_attention(
@@ -223,7 +221,7 @@ def tree_attention(
         nodes, scale, softcap or 0.0,
         query.stride(0), query.stride(1), query.stride(2), keys.stride(0), keys.stride(1), keys.stride(2),
         lengths_B.stride(0), ancestors.stride(0), ancestors.stride(1), 0 if at_B is None else at_B.stride(0),
-        kv_heads, heads // kv_heads, width, padded, plan.tile_rows, plan.block_slots, plan.parts, plan.least,
+        kv_heads, heads // kv_heads, width, padded, plan.tile_rows, plan.block_slots, plan.parts,
         softcap is not None, "ieee" if exact else "tf32", at_B is not None,
         num_warps=plan.warps, num_stages=plan.stages, **early(out),
         enable_fp_fusion=not exact,  # blocks with and without a mask are two texts, which may be fused differently
