@@ -57,8 +57,8 @@ def _promising(timed: Sequence[Timed], rows: int) -> list[DecodeConfig]:
 
 
 def record_ahead(backend: Backend, timed: Sequence[Timed], max_batch: int) -> None:
-    """Where steps are recorded: take every step that ``Adaptive(timed)`` may choose once, greedy and sampled. No request
-    waits for a recording then."""
+    """Where steps are recorded: take every step that ``Adaptive(timed)`` may choose once, greedy and sampled. Then no
+    request waits for a recording."""
     if backend.graphs is None:
         return
     policy = Adaptive(timed)
