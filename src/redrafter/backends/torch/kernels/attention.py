@@ -63,12 +63,12 @@ def _block(
     return acc, largest, total * shrink + tl.sum(p, 1)
 
 
-@triton.jit(do_not_specialize=["nodes"])
+@triton.jit(do_not_specialize=["nodes", "most"])  # one binary for every number of rows
 def _tree_attention(
-    query, keys, values, lengths, ancestors, at, out, partial, arrived, nodes, scale, softcap,
+    query, keys, values, lengths, ancestors, at, out, partial, arrived, nodes, most, scale, softcap,
     q_row, q_head, q_node, kv_row, kv_head, kv_slot, length_row, word_row, word_node, at_row,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     MOVED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     start_early(EARLY)
@@ -79,7 +79,7 @@ def _tree_attention(
     length = tl.load(lengths + row * length_row).to(tl.int32)
     extent = length + nodes
     blocks = (extent + BN - 1) // BN
-    parts = tl.minimum(blocks, PARTS)
+    parts = tl.minimum(blocks, most)
     if part < parts:
         r = tile * BM + tl.arange(0, BM)
         column = tl.arange(0, PADDED)
@@ -101,12 +101,12 @@ def _tree_attention(
             tl.zeros((BM,), tl.float32),
         )
         prefix = length // BN
-        for block in range(part, prefix, PARTS):
+        for block in range(part, prefix, most):
             slot = block * BN + tl.arange(0, BN)
             state = _block(q, state, k, v, slot, extent, kv_slot, length, low, high, scale, softcap,
                            PADDED, D, False, SOFTCAP, PRECISION)  # fmt: skip
-        done = (tl.maximum(prefix - part, 0) + PARTS - 1) // PARTS
-        for block in range(part + done * PARTS, blocks, PARTS):
+        done = (tl.maximum(prefix - part, 0) + most - 1) // most
+        for block in range(part + done * most, blocks, most):
             slot = block * BN + tl.arange(0, BN)
             state = _block(q, state, k, v, slot, extent, kv_slot, length, low, high, scale, softcap,
                            PADDED, D, True, SOFTCAP, PRECISION)  # fmt: skip
@@ -115,7 +115,7 @@ def _tree_attention(
         last = True
         if parts > 1:
             group = (tl.program_id(2) * tl.num_programs(1) + tile).to(tl.int64)
-            entry = partial + group * (PARTS * BM * (PADDED + 2))
+            entry = partial + group * (most * BM * (PADDED + 2))
             index = tl.arange(0, BM)
             square = index[:, None] * PADDED + column[None, :]
             mine = entry + part * (BM * (PADDED + 2))
@@ -218,10 +218,10 @@ def tree_attention(
     exact = query.dtype == torch.float32
     _tree_attention[(plan.parts, plan.tiles, rows * kv_heads)](
         query, keys, values, lengths_B, ancestors, lengths_B if at_B is None else at_B, out, partial, arrived,
-        nodes, scale, softcap or 0.0,
+        nodes, plan.parts, scale, softcap or 0.0,
         query.stride(0), query.stride(1), query.stride(2), keys.stride(0), keys.stride(1), keys.stride(2),
         lengths_B.stride(0), ancestors.stride(0), ancestors.stride(1), 0 if at_B is None else at_B.stride(0),
-        kv_heads, heads // kv_heads, width, padded, plan.tile_rows, plan.block_slots, plan.parts,
+        kv_heads, heads // kv_heads, width, padded, plan.tile_rows, plan.block_slots,
         softcap is not None, "ieee" if exact else "tf32", at_B is not None,
         num_warps=plan.warps, num_stages=plan.stages, **early(out),
         enable_fp_fusion=not exact,  # blocks with and without a mask are two texts, which may be fused differently
