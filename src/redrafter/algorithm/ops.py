@@ -1,7 +1,8 @@
 """The array functions that the algorithm may use beside operators, slicing and ``.shape``.
 
 A backend supplies one object with these methods (torch: ``backends/torch/ops.py``). Everything is out of place and
-of static shape, so the same text runs eagerly, inside one CUDA graph, and lazily on MLX.
+of static shape, so the same text runs eagerly, inside one CUDA graph, and lazily on MLX. "int" is a backend's type for
+token ids, slots and their sums: int64 on torch, int32 on MLX.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ Array = Any
 
 class Ops(Protocol):
     def arange(self, n: int, like: Array) -> Array:
-        """[n] int64 0, 1, .., on the device of ``like``."""
+        """[n] int 0, 1, .., on the device of ``like``."""
 
     def full(self, shape: Sequence[int], value: float | int | bool, like: Array) -> Array:
-        """A constant: bool, int64 or float32 after the type of ``value``, on the device of ``like``."""
+        """A constant: bool, int or float32 after the type of ``value``, on the device of ``like``."""
 
     def int32(self, x: Array) -> Array:
         """Cast to int32; arithmetic on it must wrap modulo 2**32."""
@@ -35,7 +36,7 @@ class Ops(Protocol):
         """out[..., i, ...] = x[..., index[..., i, ...], ...]; x and index have equal rank."""
 
     def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
-        """The k largest of the last axis, descending: values, int64 indices."""
+        """The k largest of the last axis, descending: values, int indices."""
 
     def argsort_descending(self, x: Array) -> Array:
         """Stable: equal values keep their order (parents stand before children)."""
@@ -47,7 +48,7 @@ class Ops(Protocol):
         """Largest of the last axis, which is kept with length 1."""
 
     def sum(self, x: Array) -> Array:
-        """Sum over the last axis; int64 for bool and int input."""
+        """Sum over the last axis; int for bool and int input."""
 
     def cumsum(self, x: Array) -> Array:
         """Running sum over the last axis."""
