@@ -13,13 +13,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from redrafter.algorithm.accept import Accepted
-from redrafter.engine import Engine
-from redrafter.llm import LLM
 from redrafter.params import DecodeConfig
 from redrafter.policy import Policy
 
 if TYPE_CHECKING:
     from redrafter.backends.base import BaseBackend
+    from redrafter.llm import LLM
 
 
 def root_alone(choose_accept: Callable[..., Accepted]) -> Callable[..., Accepted]:
@@ -55,5 +54,8 @@ def usual_shape(policy: Policy) -> DecodeConfig | None:
 
 def with_shape(llm: LLM, shape: DecodeConfig) -> LLM:
     """The same model and caches with one shape for every step, and no prompt taken from the cache."""
+    from redrafter.engine import Engine
+    from redrafter.llm import LLM
+
     engine = Engine(llm.engine.backend, shape, llm.engine.max_batch, prefix_reuse=False)
     return LLM(engine, llm.tokenizer, model=llm.model, drafter=llm.drafter)
