@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # MLX on one NVIDIA GPU with CUDA 13: plain and speculative decoding and mlx-lm's own, side by side.
 #   benchmarks/gpu/mlx_h200.sh keep FOLDER                       put aside a part that mlx_pack.sh made
+#   benchmarks/gpu/mlx_h200.sh cache FOLDER                      the kernels compiled so far, for the next machine
 #   benchmarks/gpu/mlx_h200.sh install                           join them, find NVIDIA's libraries, ask for the GPU
 #   benchmarks/gpu/mlx_h200.sh smoke MODEL DRAFTER               a short answer both ways; compiles the kernels
 #   benchmarks/gpu/mlx_h200.sh steps MODEL DRAFTER               milliseconds per step of some beam shapes
@@ -35,7 +36,13 @@ shift
 case $stage in
 keep)
     cp "$1"/mlx.* "$home/"
+    if [ -f "$1/ptx.tar.gz" ]; then
+        tar -xzf "$1/ptx.tar.gz" -C "$home"
+    fi
     ls -l "$home"
+    ;;
+cache) # minutes of work; `keep` takes the file up again
+    tar -czf "$1/ptx.tar.gz" -C "$home" ptx
     ;;
 install)
     cat "$home"/mlx.part0 "$home"/mlx.part1 >"$home/mlx.tar.xz"
@@ -103,7 +110,7 @@ bench)
         --out "$out" --name "$name" "$@"
     ;;
 *)
-    echo "unknown stage $stage: keep, install, smoke, steps, widen, bench" >&2
+    echo "unknown stage $stage: keep, cache, install, smoke, steps, widen, bench" >&2
     exit 2
     ;;
 esac
