@@ -28,6 +28,7 @@ import torch
 from serving_host import host, hosted, open_llm
 from serving_speed import speed
 
+from redrafter.bench.prompts import load_prompts, select
 from redrafter.bench.provenance import portable
 from redrafter.bench.results import measured, write_json
 from redrafter.models import DEFAULT_MODEL
@@ -156,7 +157,8 @@ def ttft(args: argparse.Namespace) -> Found:
 def timed(args: argparse.Namespace) -> Found:
     levels = [int(level) for level in args.levels.split(",")]
     with hosted([*child_arguments(args), "--no-prefix-reuse"]) as server:
-        return speed(server, levels, args.count, args.tokens, args.prompts, tell)
+        prompts = select(load_prompts(args.prompts), args.category, None, False)
+        return speed(server, levels, args.count, args.tokens, prompts, tell)
 
 
 def child_arguments(args: argparse.Namespace) -> list[str]:
@@ -201,6 +203,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=2000)
     parser.add_argument("--levels", default="1,4,8", help="speed: how many chats at once")
     parser.add_argument("--prompts", type=Path, help="speed: JSONL as in redrafter bench; default: 12 of ours")
+    parser.add_argument("--category", default="", help="speed: only prompts whose category starts so")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="the result")
     args = parser.parse_args(arguments)

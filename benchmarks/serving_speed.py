@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from serving_client import ask_at_once
 from serving_host import Host
 
-from redrafter.bench.prompts import load_prompts
+from redrafter.bench.prompts import BenchPrompt
 
 OVERHEAD_AT = 8
 """chats at once for which HTTP is compared with the engine alone"""
@@ -23,12 +22,17 @@ Bodies = Sequence[dict[str, Any]]
 
 
 def speed(
-    server: Host, levels: Sequence[int], rounds: int, tokens: int, prompts: Path | None, tell: Callable[[str], None]
+    server: Host,
+    levels: Sequence[int],
+    rounds: int,
+    tokens: int,
+    prompts: Sequence[BenchPrompt],
+    tell: Callable[[str], None],
 ) -> tuple[dict[str, tuple[Any, str]], dict[str, Any]]:
     """``rounds`` waves of so many chats at each level, in every way by turns; the medians."""
     asked = [
         {"messages": _messages(p.prompt), "max_tokens": tokens, "temperature": 0, "seed": i}
-        for i, p in enumerate(load_prompts(prompts).prompts)
+        for i, p in enumerate(prompts)
     ]
     metrics: dict[str, tuple[Any, str]] = {}
     rows: list[dict[str, Any]] = []

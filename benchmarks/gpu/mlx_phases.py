@@ -43,7 +43,8 @@ def phases(backend: Any, state: DecodeState, config: DecodeConfig) -> list[Phase
         commit = target.commit
 
     Watched.verify = staticmethod(verify)  # type: ignore[attr-defined]
-    stages = Stages(step_noise, watched("draft", draft), watched("pack", pack), watched("choose_accept", choose_accept))
+    choosing = watched("choose_accept", choose_accept)
+    stages = Stages(step_noise, watched("draft", draft), watched("pack", pack), choosing, advance)
     step(ops, Watched(), drafter, state, config, stages)
     mx.eval([cache.arrays for cache in (target.cache, drafter.cache) if cache is not None])
     leaves: list[mx.array] = []
