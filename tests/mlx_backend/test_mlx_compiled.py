@@ -95,17 +95,37 @@ def test_a_step_ahead_changes_no_answer(folders: dict[str, Path], family: str) -
     alone = [run(Engine(backend, PLAIN), prompt, how)[0] for prompt, how in zip(prompts, asked, strict=True)]
     backend.run_ahead = True
     waited: list[bool] = []
-    longest = backend._longest
+    about = backend._known.about
 
-    def spy(lengths: mx.array) -> int:
-        waited.append(lengths is not backend._after)
-        return longest(lengths)
+    def spy(lengths: mx.array) -> bool:
+        waited.append(not about(lengths))
+        return about(lengths)
 
-    backend._longest = spy
+    backend._known.about = spy
     for config in (PLAIN, SHAPE):
         together = run_all(Engine(backend, config, max_batch=3), prompts, asked)
         assert [ids for ids, _ in together] == alone
     assert sum(waited) < len(waited) / 2, "most steps must be started without waiting for the one before"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_lone_text_in_order_needs_no_mask(folders: dict[str, Path], family: str, ahead: bool) -> None:
+    """Where attention without one has a kernel of its own; a text whose slots were renumbered goes on with a mask."""
+    backend = open_backend(folders[family], folders["drafter"])
+    expected, _ = run(Engine(backend, PLAIN), PROMPT, params("greedy"))
+    backend.maskless, backend.run_ahead, masks = True, ahead, []
+    attention = backend.target._layers[0][0]
+    mask_of = attention.mask
+    attention.mask = lambda *given: masks.append(given) or mask_of(*given)
+    engine = Engine(backend, PLAIN)
+    engine.prefix_reuse = False
+    assert run(engine, PROMPT, params("greedy"))[0] == expected
+    assert len(masks) <= 1, "but for its prompt"
+    engine = Engine(backend, Seldom())
+    engine.prefix_reuse = False
+    assert run(engine, PROMPT, params("greedy"))[0] == expected
+    assert len(masks) > 4
 
 
 def test_plain_steps_keep_their_shapes_while_the_drafter_does_not_look(folders: dict[str, Path]) -> None:

@@ -84,7 +84,9 @@ class BaseBackend:
         """One array for one transfer."""
         ops = self.ops
         rows, width = accepted.tokens.shape
-        columns = (accepted.length, ops.sum(accepted.finite[:, None]), ops.sum(tree.live), unmerged_tokens(ops, tree))
+        one = ops.full((rows,), 1, like=accepted.tokens)
+        sizes = (one, one) if tree.tokens.shape[1] == 1 else (ops.sum(tree.live), unmerged_tokens(ops, tree))
+        columns = (accepted.length, ops.sum(accepted.finite[:, None]), *sizes)
         numbers = [*(column[:, None] for column in columns), ops.full((rows, 1), width, like=accepted.tokens)]
         packed = ops.concat([accepted.tokens, tree.tokens, tree.parent, *numbers], 1)
         return Fetched(packed, None if accepted.logits is None else self._logprobs(accepted.logits, accepted.tokens))

@@ -53,15 +53,16 @@ class Attention:
     def _group(self) -> int:
         return self.heads // self.kv_heads
 
-    def __call__(self, x: mx.array, offset: mx.array, mask: mx.array, cache: KVCache, layer: int) -> mx.array:
-        """[B, N, D] -> [B, N, heads x d], before the output's product; keys and values go where the cache was told."""
+    def __call__(self, x: mx.array, offset: mx.array, mask: mx.array | None, cache: KVCache, layer: int) -> mx.array:
+        """[B, N, D] -> [B, N, heads x d], before the output's product; keys and values go where the cache was told.
+        Without a mask all slots are seen."""
         rows, nodes, _ = x.shape
         y = self._turned(self._qkv(x).reshape(rows * nodes, self.heads + 2 * self.kv_heads, -1), offset)
         y = y.reshape(rows, nodes, self.heads + 2 * self.kv_heads, -1)
         keys, values = cache.write(layer, y[:, :, self.heads :])
         q = y[:, :, : self.heads].transpose(0, 2, 1, 3)
         scale = self.module.scale
-        if self.side_by_side and nodes == 1:
+        if self.side_by_side and nodes == 1 and mask is not None:
             q = q.reshape(rows, self.kv_heads, self._group, -1)
             q = mx.concatenate([q, q], axis=2) if self._group == 1 else q
             out = mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask)

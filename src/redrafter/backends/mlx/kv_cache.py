@@ -44,6 +44,8 @@ class KVCache:
         """a position's slot lies less than so many behind it"""
         self.nodes = 1
         """tokens per row that were placed last"""
+        self.whole = False
+        """The next forward is of one node of one row in order, and ``limit`` the slots that it sees: all of them."""
         self.limit: int | None = None
         """slots that attention looks at, where the caller knows it without asking the device"""
         self._rows = slice(0, 0)
@@ -96,6 +98,10 @@ class KVCache:
         if nodes > 1:
             self._renumbered.update(range(rows))
             self._spread = max(self._spread, nodes)
+
+    def in_order(self, row: int) -> bool:
+        """Whether the row's positions are its slots."""
+        return row not in self._renumbered
 
     def limit_for(self, first_B: mx.array, tokens: int) -> int:
         """Slots that attention must look at when ``tokens`` tokens are written from slot ``first_B`` on."""

@@ -19,8 +19,10 @@ from redrafter.backends.mlx.compiled import Steps
 from redrafter.backends.mlx.drafter import Drafter
 from redrafter.backends.mlx.drafting import MLXDrafter, token_table
 from redrafter.backends.mlx.kv_cache import KVCache, on_cuda
-from redrafter.backends.mlx.ops import MLXOps
+from redrafter.backends.mlx.lengths import Lengths
+from redrafter.backends.mlx.ops import MLXOps, constant
 from redrafter.backends.mlx.target import MLXTarget, check_architecture
+from redrafter.backends.protocol import Outcome
 from redrafter.errors import CorruptModel, InvalidRequest, UnsupportedModel
 from redrafter.params import MAX_TREE, DecodeConfig
 
@@ -123,10 +125,10 @@ class MLXBackend(BaseBackend):
     ) -> None:
         on_gpu = mx.default_device() == mx.gpu
         self.run_ahead = on_gpu
+        self.maskless = on_cuda()
+        """whether attention without a mask has a kernel of its own for one query"""
         self.steps = Steps(self._whole_step, on_gpu and not on_cuda() if compiled is None else compiled)
-        self._before: mx.array | None = None
-        self._after: mx.array | None = None
-        self._advance = 0
+        self._known = Lengths()
         self._told: Fetched | None = None
         self.ops = MLXOps()
         self.target = target
@@ -169,26 +171,38 @@ class MLXBackend(BaseBackend):
     def step(self, state: DecodeState, config: DecodeConfig) -> tuple[DecodeState, Accepted, TokenTree]:
         speculate = self.drafter is not None and config.tree_size > 1
         depths = config.draft_length + 1 if speculate else 1
-        caches, longest = self._caches if speculate else [self.target.cache], self._longest(state.lengths)
-        caches[0].expect(state.lengths.shape[0], config.tree_size if speculate else 1)
-        limits = [caches[0].limit_of(longest, config.tree_size)]
-        limits += [cache.round_up(longest + depths) for cache in caches[1:]]
+        if not self._known.about(state.lengths):
+            self._known.start(state.lengths, self.host(state.lengths))
+        caches, longest = self._caches if speculate else [self.target.cache], self._known.longest
+        cache = caches[0]
+        cache.expect(state.lengths.shape[0], config.tree_size if speculate else 1)
+        limits = [cache.limit_of(longest, config.tree_size)]
+        limits += [other.round_up(longest + depths) for other in caches[1:]]
         if not speculate:  # what waits for the drafter grows; a step that does not look at it keeps its shapes
             first = state.reading._replace(features=state.reading.features[:, :1], tokens=state.reading.tokens[:, :1])
             state = state._replace(reading=first)
-        after, accepted, tree, self._told = self.steps(state, config, caches, tuple(limits))
-        self._before, self._after, self._advance = state.lengths, after.lengths, depths
+            # A lone text of known length sees all of its slots: no mask, and kernels that take none.
+            cache.whole = self.maskless and self._known.exact and not self.steps.compiled and cache.in_order(0)
+            if cache.whole:
+                limits[0] = longest + 1
+        try:
+            after, accepted, tree, self._told = self.steps(state, config, caches, tuple(limits))
+        finally:
+            cache.whole = False
+        self._known.launched(after.lengths, self._told, depths)
         return after, accepted, tree
 
-    def _longest(self, lengths_B: mx.array) -> int:
-        """At least the longest row's tokens. Where a step is in flight, from the lengths before it: no waiting."""
-        if self.run_ahead and lengths_B is self._after and self._before is not None:
-            return max(self.host(self._before)) + self._advance
-        return max(self.host(lengths_B))
+    def read(self, handle: Fetched) -> Outcome:
+        outcome = super().read(handle)
+        self._known.landed(handle, outcome.accepted)
+        return outcome
 
     def _whole_step(self, state: DecodeState, config: DecodeConfig) -> tuple[DecodeState, Accepted, TokenTree, Fetched]:
         after, accepted, tree = step(self.ops, self.target, self.drafter, state, config, self.stages)
-        return after, accepted, tree, super().fetch(accepted, tree)
+        told = super().fetch(accepted, tree)
+        # CUDA moves memory that the host has read, and takes it for the next array of that size: kernels that write to
+        # it wait for it to come back. One of them does, instead of one for every column.
+        return after, accepted, tree, told._replace(packed=told.packed + constant((1, 1), 0, mx.int32))
 
     def fetch(self, accepted: Accepted, tree: TokenTree) -> Fetched:
         """It was made with the last step."""

@@ -82,6 +82,10 @@ class MLXTarget:
         nodes = tree.tokens.shape[1]
         cache, rows = self.cache, lengths_B.shape[0]
         cache.expect(rows, nodes)
+        if cache.whole:
+            cache.place(0, lengths_B[:, None], cache.limit_for(lengths_B, nodes))
+            hidden, features = self._forward(tree.tokens, lengths_B[:, None], None)
+            return self._logits(hidden).astype(mx.float32), features
         limit = cache.limit_for(lengths_B, nodes)
         cache.place(0, cache.find(0, lengths_B[:, None] + counting(nodes)), limit)
         # A slot holds a committed token, or the node of this tree whose number is its position - length, or nothing.
@@ -100,13 +104,16 @@ class MLXTarget:
     def _logits(self, hidden: mx.array) -> mx.array:
         return self.head.as_linear(hidden) if self.model.args.tie_word_embeddings else self.head(hidden)
 
-    def _forward(self, ids_BN: mx.array, position_BN: mx.array, visible_BNS: mx.array) -> tuple[mx.array, mx.array]:
+    def _forward(
+        self, ids_BN: mx.array, position_BN: mx.array, visible_BNS: mx.array | None
+    ) -> tuple[mx.array, mx.array]:
         """Last hidden states [B, N, D] and features [B, N, F] of the tokens, whose keys and values go where the cache
-        was told."""
+        was told. ``visible_BNS``: None where all slots are."""
         body = self.model.model
         x = body.embed_tokens(ids_BN)
         attention = self._layers[0][0]
-        offset, mask = attention.offsets(position_BN), attention.mask(visible_BNS, x.dtype)
+        offset = attention.offsets(position_BN)
+        mask = None if visible_BNS is None else attention.mask(visible_BNS, x.dtype)
         kept = {}
         for index, (layer, (attend, mlp)) in enumerate(zip(body.layers, self._layers, strict=True)):
             seen = attend(layer.input_layernorm(x), offset, mask, self.cache, index)
