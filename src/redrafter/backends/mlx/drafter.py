@@ -49,10 +49,9 @@ def _plus_silu(x: mx.array, y: mx.array) -> mx.array:
 
 
 @partial(mx.compile, shapeless=True)
-def _gated(
-    r_w: mx.array, z_w: mx.array, n_w: mx.array, r_u: mx.array, z_u: mx.array, n_u: mx.array, state: mx.array
-) -> mx.array:
-    """A GRU's gates in one launch instead of eleven: of the token (w) and of the state (u)."""
+def _gated(of_token: Any, of_state: Any, state: mx.array) -> mx.array:
+    """A GRU's gates in one launch instead of eleven; a reset, update and new part of the token and of the state."""
+    (r_w, z_w, n_w), (r_u, z_u, n_u) = of_token, of_state
     z = mx.sigmoid(z_w + z_u)
     return (1 - z) * mx.tanh(n_w + mx.sigmoid(r_w + r_u) * n_u) + z * state
 
@@ -217,7 +216,7 @@ class Drafter(nn.Module):
             return self.depth_blocks[0](token)
         if self.config.cell == "rnn":
             return nn.silu(token + self.rnn_u(state))
-        return _gated(*mx.split(token, 3, axis=-1), *mx.split(self.gru_u(state), 3, axis=-1), state)
+        return _gated(mx.split(token, 3, axis=-1), mx.split(self.gru_u(state), 3, axis=-1), state)
 
     def exit_context(self, context: mx.array) -> mx.array:
         """[..., C]: what of a context goes into every ``exit_hidden`` of a tree: its part of the product, if any."""

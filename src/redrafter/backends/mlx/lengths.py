@@ -10,7 +10,7 @@ from redrafter.backends.base import Fetched
 
 
 class Lengths:
-    """How many tokens the rows of a batch hold, as far as the host can tell while steps are in flight: from the outcomes
+    """How many tokens the rows of a batch hold, as far as the host can tell while steps are in flight: from outcomes
     that it has read anyway. Asking the device would wait, and move what the next step is about to read."""
 
     def __init__(self) -> None:
