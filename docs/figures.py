@@ -34,6 +34,8 @@ MEANING = {
     "serve_cpu_speedup_c1": "one chat through HTTP, speculation over plain, two CPU cores",
     "serve_cpu_worst": "the same, the worst of 1, 4 and 8 chats at once",
     "serve_gpu7b_speedup_c8": "7B-shape instrument through HTTP, 8 chats at once, speculation over plain",
+    "serve_gpu7b_speedup_c1": "7B-shape instrument through HTTP, one chat, speculation over plain",
+    "serve_gpu7b_speedup_c32": "7B-shape instrument through HTTP, 32 chats at once, speculation over plain",
     "serve_http_overhead_b8": "7B-shape instrument, 8 chats at once: what HTTP adds to the engine's time",
     "suite_seconds": "time of the test suite",
     "tau_other_greedy_n64": "tokens per step, the other categories, greedy, at most 64 nodes",
@@ -56,12 +58,12 @@ MEANING = {
     "gpu7b_start_seconds": "7B-shape instrument: from the command to the first request",
     "gpu135m_speedup_greedy": "SmolLM2-135M itself: speculative over plain, tokens per second, greedy, batch 1",
     "gpu135m_plain_tokens_per_second": "SmolLM2-135M itself: plain decoding, batch 1",
-    "gpu_worst_adaptive": "smallest speed-up of both models, all batches (SmolLM2: up to 8) and temperatures, adaptive",
+    "gpu_worst_adaptive": "smallest speed-up of both models, batches 1, 8 and 32, greedy and at temperature 1, adaptive",
     "gpu7b_forks": "7B-shape instrument, bf16: answers of 16 that differ from plain decoding, 64 nodes",
     "gpu7b_control_forks": "the same of plain decoding whose steps verify 64 nodes and accept none",
     "gpu_fp32_forks": "answers on the GPU that differ from plain decoding, float32",
     "mlx_cpu_equal_prompts": "prompts with equal ids on torch and MLX, float32",
-    "mlx_cuda_speedup_greedy": "7B-shape instrument on MLX, drafter of its width: speculative over plain, greedy",
+    "mlx_cuda_speedup_greedy": "7B-shape instrument on MLX: speculative over plain decoding, tokens per second, greedy, batch 1",
     "mlx_plain_vs_mlxlm": "7B-shape instrument on MLX: our plain decoding over mlx-lm's own",
 }
 
