@@ -1,10 +1,12 @@
-"""Where a step's time goes on MLX: plain, the parts of a speculative step, whole steps, eager and then compiled.
+"""Where a step's time goes on MLX: plain, the parts of a speculative step, whole steps.
 
-python3 benchmarks/gpu/mlx_steps.py MODEL_FOLDER DRAFTER_FOLDER [WIDTHxLENGTHxNODES ...]
+python3 benchmarks/gpu/mlx_steps.py MODEL_FOLDER DRAFTER_FOLDER [WIDTHxLENGTHxNODES ...] [--profile] [--compiled]
 
 The most telling numbers come first and every line is printed when it is known. ``write`` is the host's time to start
 a step, ``step`` the time of a step when the host stays one ahead: where both are alike, the host is what limits.
-``first``: seconds until the first time was over, most of them for compiling kernels.
+``first``: seconds until the first time was over, most of them for compiling kernels. ``--profile``: the kernels that
+take longest, as torch's profiler sees those of the whole process (CUDA only). ``--compiled``: whole steps by
+``mx.compile`` too, for which MLX compiles a minute or more on CUDA.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ SINCE = time.perf_counter()
 
 
 def main() -> None:
-    model, drafter, *asked = sys.argv[1:]
-    names = asked or ["4x4x16", "2x4x8", "4x6x24", "8x8x48"]
+    model, drafter, *asked = [word for word in sys.argv[1:] if not word.startswith("--")]
+    names = asked or ["4x4x16", "8x4x32", "8x5x48", "8x6x64"]
     sizes = [tuple(map(int, name.split("x"))) for name in names]
     configs = [DecodeConfig(beam_width=w, branching=w, draft_length=n, tree_size=t) for w, n, t in sizes]
     device = "gpu" if mx.is_available(mx.gpu) else "cpu"
@@ -40,7 +42,7 @@ def main() -> None:
     tell("loaded")
     for nodes in (1, 8, 16, 32):
         timed(f"products of {nodes} rows", lambda nodes=nodes: products(backend.target, nodes))
-    for compiled in (False, True):
+    for compiled in (False, True)[: 1 + ("--compiled" in sys.argv)]:
         backend.steps.compiled = compiled
         whole("plain", backend, PLAIN)
         if not compiled:
@@ -48,7 +50,6 @@ def main() -> None:
             parts(backend, configs[0])
         for config, size in zip(configs, names, strict=True):
             whole(f"whole {size}", backend, config)
-    parts(backend, configs[0])
 
 
 def tell(line: str) -> None:
@@ -105,6 +106,31 @@ def whole(name: str, backend: Any, config: DecodeConfig) -> None:
         state[:] = after, told
 
     timed(f"{kind} {name}", one)
+    if "--profile" in sys.argv:
+        kernels(one)
+
+
+def kernels(one: Callable[[], None], count: int = 5) -> None:
+    """Microseconds of a step, launches and microseconds of each, of the kernels that take longest."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.zeros(1, device="cuda")  # without a context of its own it sees nothing
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(count):
+            one()
+        mx.synchronize()
+    found: dict[str, list[float]] = {}
+    for event in seen.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            found.setdefault(event.name.removeprefix("void mlx::core::cu::")[:90], []).append(
+                event.time_range.elapsed_us()
+            )
+    busy, launches = (sum(map(of, found.values())) / count for of in (sum, len))
+    tell(f"{busy:.0f} us of {launches:.0f} kernels")
+    for name, times in sorted(found.items(), key=lambda item: -sum(item[1]))[:20]:
+        each = sum(times) / len(times)
+        print(f"    {sum(times) / count:8.1f} us {len(times) / count:6.1f} x {each:7.2f}  {name}", flush=True)
 
 
 def _mlx_lm(backend: Any) -> float:
