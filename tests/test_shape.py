@@ -39,7 +39,7 @@ def shipped_shapes() -> list[Candidate]:
 def with_times(monkeypatch: pytest.MonkeyPatch, seconds: dict[int, list[float]]) -> None:
     """Step times by tree size, one per round."""
     rounds = {size: iter(times) for size, times in seconds.items()}
-    monkeypatch.setattr(shape, "_step_seconds", lambda backend, config, *_, **__: next(rounds[config.tree_size]))
+    monkeypatch.setattr(shape, "_one_step", lambda backend, config, length, rows: next(rounds[config.tree_size]))
 
 
 def test_the_median_counts_and_the_first_round_warms_up(backend: TorchBackend, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,11 +84,11 @@ def test_recorded_steps_are_timed_for_more_rows(
 ) -> None:
     seen: Counter[tuple[int, DecodeConfig]] = Counter()
 
-    def one_step(backend: Any, config: DecodeConfig, length: int, rows: int, **_: int) -> float:
+    def one_step(backend: Any, config: DecodeConfig, length: int, rows: int) -> float:
         seen[rows, config] += 1
         return 1.0 + 0.01 * max(0, rows * config.tree_size - 64)
 
-    monkeypatch.setattr(shape, "_step_seconds", one_step)
+    monkeypatch.setattr(shape, "_one_step", one_step)
     monkeypatch.setattr(recording, "reserve", lambda *_: None)
     shapes = shipped_shapes()
     timed = time_shapes(recording, shapes, most)
@@ -108,7 +108,7 @@ def test_recorded_steps_are_timed_for_more_rows(
 
 
 def test_a_start_times_28_steps_for_32_rows(recording: TorchBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shape, "_step_seconds", lambda *_, **__: 1.0)
+    monkeypatch.setattr(shape, "_one_step", lambda *_: 1.0)
     monkeypatch.setattr(recording, "reserve", lambda *_: None)
     assert len(time_shapes(recording, shipped_shapes(), 32)) == 28
 
@@ -120,15 +120,13 @@ def test_all_that_may_be_chosen_is_recorded_ahead(
     """In both ways, for whatever number of rows a graph serves."""
     graphs: dict[tuple[DecodeConfig, float], list[int]] = {}
 
-    def one_step(
-        backend: Any, config: DecodeConfig, length: int, rows: int, temperature: float = 0.0, **_: int
-    ) -> float:
+    def one_step(backend: Any, config: DecodeConfig, length: int, rows: int, temperature: float = 0.0) -> float:
         known = graphs.setdefault((config, temperature), [])
         if not any(serves(size, rows) for size in known):
             known.append(size_for(rows, most))
         return 1.0 + 0.01 * max(0, rows * config.tree_size - 64)
 
-    monkeypatch.setattr(shape, "_step_seconds", one_step)
+    monkeypatch.setattr(shape, "_one_step", one_step)
     monkeypatch.setattr(recording, "reserve", lambda *_: None)
     policy = shape.adaptive(recording, shipped_shapes(), most)
     before = sum(map(len, graphs.values()))
@@ -156,19 +154,8 @@ def test_a_real_sampled_step_is_taken_ahead(recording: TorchBackend, monkeypatch
     }
 
 
-def test_steps_in_a_row_are_timed_as_they_run_ahead(backend: TorchBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next is started before the last is read, as the engine does it."""
-    done: list[str] = []
-    for name in ("step", "read"):
-        function = getattr(backend, name)
-        monkeypatch.setattr(backend, name, lambda *a, n=name, f=function: done.append(n) or f(*a))
-    monkeypatch.setattr(backend, "run_ahead", True)
-    time_shapes(backend, [], repeats=1)
-    assert done == 2 * ["step", "step", "read", "step", "read", "step", "read", "read"]
-
-
 def test_without_recording_one_row_is_enough(backend: TorchBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shape, "_step_seconds", lambda *_, **__: 1.0)
+    monkeypatch.setattr(shape, "_one_step", lambda *_: 1.0)
     assert {t.rows for t in time_shapes(backend, [Candidate(SMALL, 2.0)], 32)} == {1}
 
 

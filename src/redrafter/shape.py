@@ -21,9 +21,6 @@ PROBE_TOKENS = 192
 """Cached tokens while timing: a question and half an answer."""
 FEWEST = 4
 """The first number of rows beyond one that is timed."""
-STEPS_AHEAD = 4
-"""Steps timed in a row where one is started before the last is read: what a small model's step takes alone is mostly
-waiting (SmolLM2-135M on an H200: 2.3 ms alone, 0.9 in a row)."""
 PROMISING = 3
 """Shapes timed beside plain decoding for more than one row: the best after what is known from fewer rows, the last of
 them the best on text of which half as much is accepted."""
@@ -40,7 +37,7 @@ def time_shapes(backend: Backend, candidates: Sequence[Candidate], max_batch: in
     """Plain decoding and every candidate with their measured step time; where steps are recorded, the most promising
     of them for more rows too, up to ``max_batch``."""
     everything = [Candidate(PLAIN, 1.0), *candidates]
-    largest = max(c.config.tree_size + (STEPS_AHEAD + 1) * (c.config.draft_length + 1) for c in everything)
+    largest = max(c.config.tree_size + 2 * (c.config.draft_length + 1) for c in everything)
     tokens = min(PROBE_TOKENS, backend.context_limit - 1)
     rows_to_time = _rows_to_time(max_batch if backend.graphs is not None else 1)
     backend.reserve(rows_to_time[-1], tokens + largest)
@@ -69,7 +66,7 @@ def record_ahead(backend: Backend, timed: Sequence[Timed], max_batch: int) -> No
     for rows in _recorded_rows(max_batch):
         for index in policy.offered(bucket_of(rows)):
             for temperature in (0.0, 1.0):
-                _step_seconds(backend, policy.shapes[index], tokens, rows, temperature)
+                _one_step(backend, policy.shapes[index], tokens, rows, temperature)
 
 
 def _recorded_rows(most: int) -> list[int]:
@@ -86,20 +83,17 @@ def _rows_to_time(most: int) -> list[int]:
 
 
 def _time(backend: Backend, shapes: Sequence[Candidate], tokens: int, rows: int, repeats: int) -> list[Timed]:
-    """Interleaved, so that a machine that slows down slows all of them; the median of ``repeats`` times counts."""
+    """Interleaved, so that a machine that slows down slows all of them; the median of ``repeats`` steps counts."""
     seconds: list[list[float]] = [[] for _ in shapes]
-    count = STEPS_AHEAD if backend.run_ahead else 1
     for _ in range(repeats + 1):  # the first round warms up, compiles, records
         for times, shape in zip(seconds, shapes, strict=True):
-            times.append(_step_seconds(backend, shape.config, tokens, rows, count=count))
+            times.append(_one_step(backend, shape.config, tokens, rows))
     return [Timed(*c, statistics.median(t[1:]), rows) for c, t in zip(shapes, seconds, strict=True)]
 
 
-def _step_seconds(
-    backend: Backend, config: DecodeConfig, length: int, rows: int, temperature: float = 0.0, count: int = 1
-) -> float:
-    """Seconds per step, of ``count`` in a row, of ``rows`` requests of ``length`` cached tokens; what they are does not
-    matter to the time."""
+def _one_step(backend: Backend, config: DecodeConfig, length: int, rows: int, temperature: float = 0.0) -> float:
+    """Seconds of one step of ``rows`` requests of ``length`` cached tokens; what they are does not matter to the
+    time."""
     state = first_state(backend, config, backend.prefill(0, []), root=1, length=length)
     if rows > 1:
         state = take_rows(state, backend.array([0] * rows))
@@ -108,14 +102,7 @@ def _step_seconds(
     if backend.graphs is not None:  # a graph's own state, as it is while requests run
         state = backend.step(state, config)[0]
     backend.synchronize()
-    before = None
     started = time.perf_counter()
-    for _ in range(count):
-        state, accepted, tree = backend.step(state, config)
-        told = backend.fetch(accepted, tree)
-        if before is not None:
-            backend.read(before)
-        before = told
-    if before is not None:
-        backend.read(before)
-    return (time.perf_counter() - started) / count
+    _, accepted, tree = backend.step(state, config)
+    backend.read(backend.fetch(accepted, tree))
+    return time.perf_counter() - started
