@@ -14,7 +14,7 @@ from redrafter.params import PLAIN, DecodeConfig
 HYSTERESIS = 0.02
 """A shape must promise so much more than the one in use."""
 PROBE_EVERY = 64
-"""Steps from one try of another shape to the next, 1.6 % of them."""
+"""Steps from one try of another shape, for two steps, to the next: 3 % of them."""
 FIRST_PROBE = 16
 """The same when a number of rows is met for the first time."""
 PROBE_RATE, UNSURE_PROBE_RATE, SURE_STEPS = 0.85, 0.6, 5
@@ -182,7 +182,8 @@ class Adaptive:
             return
         close = [i for i in others if rates[i] > self._bar(bucket, i) * rates[current]]
         if close:
-            self._burst.append(min(close, key=lambda i: self._costs.last_seen(bucket, i)))
+            oldest = min(close, key=lambda i: self._costs.last_seen(bucket, i))
+            self._burst.extend([oldest, oldest])
 
     def _bar(self, bucket: int, index: int) -> float:
         return PROBE_RATE if self._costs.observed(bucket, index) >= SURE_STEPS else UNSURE_PROBE_RATE
@@ -191,12 +192,11 @@ class Adaptive:
         if not accepted:
             return
         index = self.shapes.index(config)
-        caught_up = self._before != self._plain or index == self._plain
-        self._before = index
+        settled, self._before = self._before == index, index
         if index != self._plain:
             self._yields.observe(index, sum(accepted) / len(accepted))
-        if seconds is not None and caught_up:
-            self._costs.observe(len(accepted), index, seconds)
+        if seconds is not None:
+            self._costs.observe(len(accepted), index, seconds, settled)
 
     def table(self) -> list[Forecast]:
         """What is believed now, for every number of rows timed or met so far."""
@@ -278,14 +278,20 @@ class _Costs:
     def last_seen(self, bucket: int, index: int) -> int:
         return self._seen.get(bucket, [-1] * len(self._nodes))[index]
 
-    def observe(self, rows: int, index: int, seconds: float) -> None:
-        """Move the shape's time towards ``seconds``; a machine that slows down slows the other shapes too."""
+    def observe(self, rows: int, index: int, seconds: float, settled: bool) -> None:
+        """Move the shape's time towards ``seconds``; a machine that slows down slows the other shapes too.
+
+        A step that is not ``settled``, the first after a change of shape, teaches no time: the drafter may have had
+        to catch up, and what the change itself costs would be learnt as the shape's own, of all others too.
+        """
         bucket = bucket_of(rows)
         values, counts = self.of(bucket), self._observed[bucket]
         self._time += 1
         self._seen.setdefault(bucket, [-1] * len(values))[index] = self._time
         if (rows, index) not in self._ran:  # the first of its kind may have compiled or recorded something
             self._ran.add((rows, index))
+            return
+        if not settled:
             return
         most = OUTLIER if counts[index] >= START_WEIGHT else GUESS_OUTLIER
         ratio = min(max(seconds / values[index], 1 / most), most)
