@@ -135,7 +135,8 @@ class BaseBackend:
 
     def prefill_chunk(self, row: int, token_ids: Sequence[int], start: int, before: Array | None) -> tuple[Array, int]:
         end = min(start + PREFILL_CHUNK, len(token_ids))
-        ids = self.array(list(token_ids[start:end]))
+        pads = [0] * self.prompt_pads(start, end - start)
+        ids = self.array([*token_ids[start:end], *pads])
         features_TF = self.target.prefill(row, ids, start)
         # The pair of the chunk's last token needs the token after it: it opens the next reading.
         first = start if before is None else start - 1
@@ -147,7 +148,12 @@ class BaseBackend:
                 features = self.ops.concat([before[None], features], 0)
             reading = Reading(features[None], ids[None], self.array([first]), self.array([end - 1 - first]))
             self.drafter.read(reading, row)
-        return features_TF[-1], end
+        return features_TF[end - start - 1], end
+
+    def prompt_pads(self, start: int, count: int) -> int:
+        """Tokens to add to the ``count`` that are read from ``start`` on, where a backend wants few different shapes.
+        What they leave in the caches lies behind the text and is overwritten before anything looks there."""
+        return 0
 
     def sampling(self, requests: Sequence[SamplingHistory]) -> Sampling:
         """Arrays of the requests' settings; None where no request uses a field."""

@@ -84,7 +84,7 @@ def measure(
     batches = [list(prompts[i : i + plan.batch]) for i in range(0, len(prompts), plan.batch)]
     try:
         tell("warming up")
-        _warm_up(llm, batches[0], plan)
+        _warm_up(llm, batches, plan)
         started = time.perf_counter()
         for number, batch in enumerate(batches):
             _one_batch(llm, batch, number, plan, measured)
@@ -100,27 +100,32 @@ def measure(
 
 def warm_up_said(llm: LLM, plan: Plan) -> str:
     """What ``measure`` runs untimed before anything else."""
+    few = min(WARM_UP_TOKENS, plan.params.max_new_tokens)
     if llm.engine.backend.graphs is None:
-        return f"{min(WARM_UP_TOKENS, plan.params.max_new_tokens)} tokens of the first batch"
+        return (
+            f"{few} tokens of the first batch" if not llm.engine.backend.run_ahead else f"{few} tokens of every batch"
+        )
     return f"the first batch in full until no new graph is recorded, at most {WARM_UP_RUNS} times"
 
 
-def _warm_up(llm: LLM, batch: list[BenchPrompt], plan: Plan) -> None:
+def _warm_up(llm: LLM, batches: list[list[BenchPrompt]], plan: Plan) -> None:
     """Both ways. Where steps are recorded, a recording takes as long as a hundred steps, and one is due for every few
-    rows that leave: a whole batch shows them all."""
+    rows that leave: a whole batch shows them all. A GPU without recordings compiles what a prompt's length needs."""
     backend, ways = llm.engine.backend, (False, True) if plan.plain else (True,)
-    tokens = plan.params.max_new_tokens
     if backend.graphs is None:
-        tokens = min(WARM_UP_TOKENS, tokens)
-    settings = settings_of(replace(plan.params, max_new_tokens=tokens), 0, len(batch))
-    for _ in range(WARM_UP_RUNS):
-        before = backend.graphs
-        for speculation in ways:
-            run_batch(llm, batch, settings, speculation)
-        if backend.graphs == before:
-            break
+        few = replace(plan.params, max_new_tokens=min(WARM_UP_TOKENS, plan.params.max_new_tokens))
+        for batch in batches if backend.run_ahead else batches[:1]:
+            for speculation in ways:
+                run_batch(llm, batch, settings_of(few, 0, len(batch)), speculation)
+    else:
+        for _ in range(WARM_UP_RUNS):
+            before = backend.graphs
+            for speculation in ways:
+                run_batch(llm, batches[0], settings_of(plan.params, 0, len(batches[0])), speculation)
+            if backend.graphs == before:
+                break
     if plan.baseline is not None:
-        plan.baseline.run(llm.encode(batch[0].prompt), WARM_UP_TOKENS)
+        plan.baseline.run(llm.encode(batches[0][0].prompt), WARM_UP_TOKENS)
 
 
 def settings_of(params: SamplingParams, first: int, count: int) -> list[SamplingParams]:

@@ -21,6 +21,7 @@ from redrafter.backends.mlx.drafting import MLXDrafter, token_table
 from redrafter.backends.mlx.kv_cache import KVCache, on_cuda
 from redrafter.backends.mlx.lengths import Lengths
 from redrafter.backends.mlx.ops import MLXOps, constant
+from redrafter.backends.mlx.skinny import product
 from redrafter.backends.mlx.target import MLXTarget, check_architecture
 from redrafter.backends.protocol import Outcome
 from redrafter.errors import CorruptModel, InvalidRequest, UnsupportedModel
@@ -29,6 +30,8 @@ from redrafter.params import MAX_TREE, DecodeConfig
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 GROWTH = 256
 """Slots by which the cache grows."""
+PROMPT_LENGTHS = (64, 128, 256)
+"""Tokens that CUDA reads at once."""
 
 
 def use_device(name: str) -> None:
@@ -220,6 +223,11 @@ class MLXBackend(BaseBackend):
         self._start_reading()
         return read
 
+    def prompt_pads(self, start: int, count: int) -> int:
+        """On CUDA, attention is planned and products are compiled anew for every shape: 50 ms to a second."""
+        length = next((n for n in PROMPT_LENGTHS if n >= count), count)
+        return length - count if self.target.steady and start + length <= self.slots else 0
+
     def _start_reading(self) -> None:
         """What was written into the caches is under way: a long prompt must not wait as one long list of operations."""
         mx.async_eval([cache.arrays for cache in self._caches])
@@ -278,11 +286,11 @@ def bind(
 
 def folded(rows: mx.array, drafter: Drafter) -> Callable[[mx.array], mx.array]:
     """The head's ``rows`` [V_d, D] times the drafter's matrix before them, which it then leaves out."""
-    product = rows.astype(mx.float32) @ drafter.exit.weight.astype(mx.float32)
-    transposed = product.astype(rows.dtype).T
+    both = rows.astype(mx.float32) @ drafter.exit.weight.astype(mx.float32)
+    weight = both.astype(rows.dtype)
     drafter.exit = nn.Identity()
-    mx.eval(transposed)
-    return lambda x: x @ transposed
+    mx.eval(weight)
+    return lambda x: product(x, weight)
 
 
 def head_of(module: nn.Module, rows: mx.array | None) -> Callable[[mx.array], mx.array]:
@@ -295,5 +303,6 @@ def head_of(module: nn.Module, rows: mx.array | None) -> Callable[[mx.array], mx
         weight, scales, biases = parts["weight"], parts["scales"], parts.get("biases")
         how = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
         return lambda x: mx.quantized_matmul(x, weight, scales, biases, transpose=True, **how)
-    transposed = module["weight"][rows].T
-    return lambda x: x @ transposed
+    weight = module["weight"][rows]
+    mx.eval(weight)
+    return lambda x: product(x, weight)

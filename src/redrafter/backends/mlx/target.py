@@ -17,6 +17,7 @@ from redrafter.algorithm.tree import TokenTree
 from redrafter.backends.mlx.attention import Attention, GatedMLP, plus
 from redrafter.backends.mlx.kv_cache import KVCache, on_cuda
 from redrafter.backends.mlx.ops import counting
+from redrafter.backends.mlx.skinny import product
 from redrafter.errors import UnsupportedModel
 
 FAMILIES = ("mlx_lm.models.llama", "mlx_lm.models.qwen2", "mlx_lm.models.qwen3")
@@ -29,7 +30,8 @@ class MLXTarget:
     """``prefill``, ``verify``, ``commit`` (algorithm/step.py) over a model that ``check_architecture`` accepts.
 
     ``feature_layers``: layers whose output is kept beside the last hidden state after the final norm; features are
-    [last ; layer ; layer ..]. ``side_by_side``: see ``Attention``; None: where CUDA computes.
+    [last ; layer ; layer ..]. ``side_by_side``: see ``Attention``; it also asks for ``steady`` shapes; None: where CUDA
+    computes.
     """
 
     def __init__(self, model: Any, feature_layers: Sequence[int] = (), side_by_side: bool | None = None) -> None:
@@ -49,6 +51,8 @@ class MLXTarget:
         self.cache = KVCache(len(layers), attention.n_kv_heads, width, self.mlx_dtype)
         if side_by_side is None:
             side_by_side = on_cuda()
+        self.steady = side_by_side
+        """whether a prompt's shapes are to repeat"""
         self._layers = [(Attention(layer.self_attn, side_by_side), GatedMLP(layer.mlp)) for layer in layers]
 
     @property
@@ -71,6 +75,8 @@ class MLXTarget:
         """Read ``token_ids`` [T] of one row at positions start.. into the cache: features [T, F]."""
         limit = start + token_ids.shape[0]
         position_1T = mx.arange(start, limit, dtype=mx.int32)[None]
+        if self.steady:
+            limit = self.cache.round_up(limit)
         self.cache.settle(row, start)
         self.cache.place(row, position_1T, limit)
         visible = counting(limit)[None, None, :] <= position_1T[:, :, None]
@@ -102,6 +108,8 @@ class MLXTarget:
             self.cache.keep_path(lengths_B, accepted.path)
 
     def _logits(self, hidden: mx.array) -> mx.array:
+        if type(self.head) in (nn.Linear, nn.Embedding):
+            return product(hidden, self.head.weight)
         return self.head.as_linear(hidden) if self.model.args.tie_word_embeddings else self.head(hidden)
 
     def _forward(
