@@ -159,6 +159,20 @@ def test_the_seconds_of_a_step_beside_a_prompt_are_not_reported(backend: TorchBa
 
 
 @pytest.mark.parametrize("run_ahead", [False, True])
+def test_the_seconds_of_a_step_beside_a_change_of_rows_are_not_reported(backend: TorchBackend, run_ahead: bool) -> None:
+    """The second request leaves after three tokens: a step that was in flight then, and the next one."""
+    backend.run_ahead = run_ahead
+    try:
+        policy = plain_first(8)
+        run_all(Engine(backend, policy), [PROMPT, PROMPT[:5]], [SamplingParams(max_new_tokens=n) for n in (8, 3)])
+    finally:
+        backend.run_ahead = False
+    reported = [(len(accepted), seconds is not None) for _, accepted, seconds in policy.seen]
+    disturbed = [(1, False)] * (1 + run_ahead)
+    assert reported == [(2, False), (2, True), (2, True), *disturbed, *[(1, True)] * (5 - len(disturbed))]
+
+
+@pytest.mark.parametrize("run_ahead", [False, True])
 def test_a_long_prompt_stalls_nobody(run_ahead: bool) -> None:
     """2,000 tokens arrive while two requests run: each emits at every step, and nobody's answer changes."""
     backend = make_backend(context=2200)

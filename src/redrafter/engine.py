@@ -56,7 +56,7 @@ class _Flight:
     handle: Any
     launched: float
     alone: bool
-    """no prompt was read just before it"""
+    """no prompt was read and no row left just before it or while it ran: its time is a step's"""
 
 
 class Engine:
@@ -89,6 +89,8 @@ class Engine:
         self._state: DecodeState | None = None
         self._flights: deque[_Flight] = deque()
         self._landed = 0.0
+        self._moved = False
+        """whether rows changed places since the last launch"""
         self._events: list[Event] = []
 
     @property
@@ -296,7 +298,8 @@ class Engine:
             state = state._replace(reading=self._pending(before, state))
         handle = backend.fetch(accepted, tree)
         self._state = state
-        self._flights.append(_Flight(list(self._running), config, handle, launched, alone))
+        self._flights.append(_Flight(list(self._running), config, handle, launched, alone and not self._moved))
+        self._moved = False
         return True
 
     def _pending(self, before: DecodeState, after: DecodeState) -> Any:
@@ -367,6 +370,9 @@ class Engine:
             self._state = None
             self._flights.clear()
             return
+        for flight in self._flights:
+            flight.alone = False
+        self._moved = True
         state = take_rows(self._state, self.backend.array(order))
         self._state = state._replace(sampling=self._sampling(state.sampling, order))
 

@@ -173,6 +173,24 @@ def test_traffic_with_changing_shapes_and_shared_beginnings(folders: dict[str, P
     assert sum(answer.statistics.reused_tokens for answer in answers) > 0
 
 
+@pytest.mark.parametrize("count", [3, 64, 65, 120, 197, 198])
+def test_a_prompt_with_pads_is_read_as_without(folders: dict[str, Path], count: int) -> None:
+    """As on CUDA, to the next of a few lengths where the cache has room for it."""
+    prompt = np.random.default_rng(count).integers(3, VOCAB, count).tolist()
+    padded, bare = (open_backend(folders["llama"], folders["drafter"], 300) for _ in range(2))
+    padded.target.steady = True
+    for backend in (padded, bare):
+        backend.reserve(1, 256)
+    assert (padded.prompt_pads(0, count) > 0) == (count != 64) and not bare.prompt_pads(0, count)
+    assert padded.prompt_pads(250, count) == 0, "no room"
+    features = [backend.prefill(0, prompt) for backend in (padded, bare)]
+    assert float(mx.abs(features[0] - features[1]).max()) < 1e-4
+    shape = DecodeConfig(tree_size=16, beam_width=4, draft_length=4)
+    answers = [run(Engine(backend, shape), prompt, params("sampled")) for backend in (padded, bare)]
+    assert answers[0][0] == answers[1][0]
+    assert answers[0][1].accepted_at_depth == answers[1][1].accepted_at_depth, "the drafter read the same"
+
+
 def test_log_probabilities_are_those_of_torch(folders: dict[str, Path]) -> None:
     told = []
     for backend in (

@@ -15,7 +15,6 @@ import mlx.nn as nn
 
 from redrafter.backends.mlx.kv_cache import KVCache
 from redrafter.backends.mlx.ops import constant
-from redrafter.backends.mlx.skinny import product
 
 Product = Callable[[mx.array], mx.array]
 UNSCALED = ("RoPE", "Llama3RoPE")
@@ -106,8 +105,8 @@ def plus(residual: mx.array, linear: nn.Module, x: mx.array) -> mx.array:
     that adds nothing."""
     if type(linear) is not nn.Linear or "bias" in linear or x.shape[0] * x.shape[1] == 1:
         return residual + linear(x)
-    flat = product(x.reshape(-1, x.shape[-1]), linear.weight, residual.reshape(-1, residual.shape[-1]))
-    return flat.reshape(residual.shape)
+    whole = mx.addmm(residual.reshape(-1, residual.shape[-1]), x.reshape(-1, x.shape[-1]), linear.weight.T)
+    return whole.reshape(residual.shape)
 
 
 def additive(visible: mx.array, dtype: mx.Dtype) -> mx.array:
@@ -160,5 +159,5 @@ def joined(linears: Sequence[nn.Module]) -> Product:
             return y if bias is None else y + bias
 
         return quantised
-    weight = whole["weight"]
-    return lambda x: product(x, weight, bias)
+    transposed = whole["weight"].T
+    return (lambda x: x @ transposed) if bias is None else (lambda x: mx.addmm(bias, x, transposed))

@@ -14,7 +14,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from redrafter.backends.mlx.attention import GatedMLP, joined, plus, rotate
-from redrafter.backends.mlx.skinny import product
 from redrafter.drafter_config import DrafterConfig
 from redrafter.drafter_files import (
     AGAIN,
@@ -128,7 +127,7 @@ class ResidualBlock(nn.Module):
         self.linear = nn.Linear(width, width)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return _plus_silu(x, product(x, self.linear.weight, self.linear.bias))
+        return _plus_silu(x, self.linear(x))
 
 
 class Drafter(nn.Module):
@@ -168,7 +167,7 @@ class Drafter(nn.Module):
         if self.config.exit_dim != self.config.width + self.config.state_size:
             parts = mx.split(self.input_proj.weight, [self.config.width], axis=1)
             # Copies, since a product wants the rows of a matrix to follow each other.
-            self._of_context, self._of_state = (mx.contiguous(part) for part in parts)
+            self._of_context, self._of_state = (mx.contiguous(part).T for part in parts)
             mx.eval(self._of_context, self._of_state)
 
     def context(
@@ -217,13 +216,11 @@ class Drafter(nn.Module):
             return self.depth_blocks[0](token)
         if self.config.cell == "rnn":
             return nn.silu(token + self.rnn_u(state))
-        return _gated(
-            mx.split(token, 3, axis=-1), mx.split(product(state, self.gru_u.weight, self.gru_u.bias), 3, axis=-1), state
-        )
+        return _gated(mx.split(token, 3, axis=-1), mx.split(self.gru_u(state), 3, axis=-1), state)
 
     def exit_context(self, context: mx.array) -> mx.array:
         """[..., C]: what of a context goes into every ``exit_hidden`` of a tree: its part of the product, if any."""
-        return context if self._of_context is None else product(context, self._of_context, self.input_proj.bias)
+        return context if self._of_context is None else mx.addmm(self.input_proj.bias, context, self._of_context)
 
     def exit_hidden(self, exit_context: mx.array, state: mx.array) -> mx.array:
         """[..., exit_dim] (own head) or [..., D] (tied head): what the head is applied to. h first, as Apple's."""
@@ -231,7 +228,7 @@ class Drafter(nn.Module):
             context = mx.broadcast_to(exit_context, (*state.shape[:-1], exit_context.shape[-1]))
             x = mx.concatenate([context, state], axis=-1)
         else:
-            x = product(state, self._of_state, exit_context)
+            x = mx.addmm(exit_context, state, self._of_state)
         for block in self.blocks:
             x = block(x)
         return x if self.config.head == "own" else self.exit(x)

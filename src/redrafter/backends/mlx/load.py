@@ -21,7 +21,6 @@ from redrafter.backends.mlx.drafting import MLXDrafter, token_table
 from redrafter.backends.mlx.kv_cache import KVCache, on_cuda
 from redrafter.backends.mlx.lengths import Lengths
 from redrafter.backends.mlx.ops import MLXOps, constant
-from redrafter.backends.mlx.skinny import product
 from redrafter.backends.mlx.target import MLXTarget, check_architecture
 from redrafter.backends.protocol import Outcome
 from redrafter.errors import CorruptModel, InvalidRequest, UnsupportedModel
@@ -286,11 +285,11 @@ def bind(
 
 def folded(rows: mx.array, drafter: Drafter) -> Callable[[mx.array], mx.array]:
     """The head's ``rows`` [V_d, D] times the drafter's matrix before them, which it then leaves out."""
-    both = rows.astype(mx.float32) @ drafter.exit.weight.astype(mx.float32)
-    weight = both.astype(rows.dtype)
+    product = rows.astype(mx.float32) @ drafter.exit.weight.astype(mx.float32)
+    transposed = product.astype(rows.dtype).T
     drafter.exit = nn.Identity()
-    mx.eval(weight)
-    return lambda x: product(x, weight)
+    mx.eval(transposed)
+    return lambda x: x @ transposed
 
 
 def head_of(module: nn.Module, rows: mx.array | None) -> Callable[[mx.array], mx.array]:
@@ -303,6 +302,5 @@ def head_of(module: nn.Module, rows: mx.array | None) -> Callable[[mx.array], mx
         weight, scales, biases = parts["weight"], parts["scales"], parts.get("biases")
         how = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
         return lambda x: mx.quantized_matmul(x, weight, scales, biases, transpose=True, **how)
-    weight = module["weight"][rows]
-    mx.eval(weight)
-    return lambda x: product(x, weight)
+    transposed = module["weight"][rows].T
+    return lambda x: x @ transposed

@@ -17,7 +17,6 @@ from redrafter.algorithm.tree import TokenTree
 from redrafter.backends.mlx.attention import Attention, GatedMLP, plus
 from redrafter.backends.mlx.kv_cache import KVCache, on_cuda
 from redrafter.backends.mlx.ops import counting
-from redrafter.backends.mlx.skinny import product
 from redrafter.errors import UnsupportedModel
 
 FAMILIES = ("mlx_lm.models.llama", "mlx_lm.models.qwen2", "mlx_lm.models.qwen3")
@@ -108,8 +107,6 @@ class MLXTarget:
             self.cache.keep_path(lengths_B, accepted.path)
 
     def _logits(self, hidden: mx.array) -> mx.array:
-        if type(self.head) in (nn.Linear, nn.Embedding):
-            return product(hidden, self.head.weight)
         return self.head.as_linear(hidden) if self.model.args.tie_word_embeddings else self.head(hidden)
 
     def _forward(

@@ -65,6 +65,18 @@ class GraphBackend(TorchBackend):
         """Recorded so far."""
         return len(self._runner)
 
+    def array(self, values: Any) -> Tensor:
+        return self._sent(torch.tensor(values, dtype=torch.int64))
+
+    def floats(self, values: Any) -> Tensor:
+        return self._sent(torch.as_tensor(values, dtype=torch.float32))
+
+    def _sent(self, values: Tensor) -> Tensor:
+        """On the device, without waiting for the step in flight as a copy from pageable memory does."""
+        if self.device.type != "cuda":
+            return values
+        return values.pin_memory().to(self.device, non_blocking=True)
+
     def reserve(self, rows: int, tokens: int) -> None:
         before = self.rows, self.slots
         super().reserve(rows, tokens)

@@ -43,7 +43,10 @@ class PromptReader:
         known = self._graphs.get(length)
         buffers = self._buffers(length) if known is None else known[0]
         pads = [0] * (length - len(token_ids))
-        buffers.numbers.copy_(torch.tensor([row, start, len(token_ids), *token_ids, *pads]))
+        numbers = torch.tensor([row, start, len(token_ids), *token_ids, *pads])
+        if buffers.numbers.is_cuda:  # a copy from pageable memory would wait for the step in flight
+            numbers = numbers.pin_memory()
+        buffers.numbers.copy_(numbers, non_blocking=True)
         if before is not None:
             buffers.before.copy_(before)
         if known is None:
