@@ -141,7 +141,11 @@ def test_where_steps_are_recorded_the_first_batch_runs_in_full_before(arguments,
     assert warm_up == "the first batch in full until no new graph is recorded, at most 4 times"
 
 
-def test_elsewhere_a_few_tokens_warm_up(arguments, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("gpu", "runs", "said"), [(False, 2, "8 tokens of the first batch"), (True, 4, "8 tokens of every batch")]
+)
+def test_elsewhere_a_few_tokens_warm_up(arguments, monkeypatch, gpu, runs, said) -> None:
+    """``gpu``: as MLX's backend is on one. Two prompts, both ways."""
     tokens: list[int] = []
     generate = LLM.generate
 
@@ -150,9 +154,10 @@ def test_elsewhere_a_few_tokens_warm_up(arguments, monkeypatch) -> None:
         return generate(llm, prompts, params, speculation=speculation)
 
     monkeypatch.setattr(LLM, "generate", watched)
-    assert main([*arguments, "-q", "--limit", "1"]) == 0
-    assert tokens == [8, 8, 9, 9]
-    assert result()["settings"]["warm_up"] == "8 tokens of the first batch"
+    monkeypatch.setattr("redrafter.backends.torch.load.TorchBackend.run_ahead", gpu)
+    assert main([*arguments, "-q", "--limit", "2"]) == 0
+    assert tokens == [8] * runs + [9] * 4
+    assert result()["settings"]["warm_up"] == said
 
 
 def test_only_tokens_per_step(arguments) -> None:

@@ -100,11 +100,10 @@ def measure(
 
 def warm_up_said(llm: LLM, plan: Plan) -> str:
     """What ``measure`` runs untimed before anything else."""
-    few = min(WARM_UP_TOKENS, plan.params.max_new_tokens)
-    if llm.engine.backend.graphs is None:
-        return (
-            f"{few} tokens of the first batch" if not llm.engine.backend.run_ahead else f"{few} tokens of every batch"
-        )
+    backend = llm.engine.backend
+    if backend.graphs is None:
+        few = min(WARM_UP_TOKENS, plan.params.max_new_tokens)
+        return f"{few} tokens of {'every' if backend.run_ahead else 'the first'} batch"
     return f"the first batch in full until no new graph is recorded, at most {WARM_UP_RUNS} times"
 
 
