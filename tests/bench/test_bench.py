@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,9 @@ def test_where_steps_are_recorded_the_first_batch_runs_in_full_before(arguments,
     assert calls == [(3, 12, False), (3, 12, True)] * runs + timed
     warm_up = result()["settings"]["warm_up"]
     assert warm_up == "the first batch in full until no new graph is recorded, at most 4 times"
+    passes = [recorded[min(done, len(recorded) - 1)] for done in (runs, runs + 1, runs + 2)]
+    later = [after - before for before, after in pairwise(passes)]
+    assert [batch["graphs_recorded"] for batch in result()["batches"]] == later
 
 
 @pytest.mark.parametrize(
@@ -158,6 +162,7 @@ def test_elsewhere_a_few_tokens_warm_up(arguments, monkeypatch, gpu, runs, said)
     assert main([*arguments, "-q", "--limit", "2"]) == 0
     assert tokens == [8] * runs + [9] * 4
     assert result()["settings"]["warm_up"] == said
+    assert result()["batches"][0]["graphs_recorded"] is None
 
 
 def test_only_tokens_per_step(arguments) -> None:

@@ -39,7 +39,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Measured:
-    """records: one per finished prompt; batches: wall seconds of whole batches; partial: Ctrl-C came before the end;
+    """records: one per finished prompt; batches: wall seconds of whole batches, and how many steps were recorded in the
+    meantime, which takes as long as a hundred of them; partial: Ctrl-C came before the end;
     control: the shape of the control's steps; plain: each prompt's first plain answer, which is never written down."""
 
     records: list[dict[str, Any]]
@@ -145,6 +146,7 @@ def _one_batch(llm: LLM, batch: list[BenchPrompt], number: int, plan: Plan, meas
     settings = settings_of(plan.params, number * plan.batch, len(batch))
     runs: dict[bool, list[_Run]] = {False: [], True: []}
     streamed: list[Streamed] = []
+    before = llm.engine.backend.graphs
     for turn in range(plan.repeat):
         if plan.baseline is not None:
             ids = llm.encode(batch[0].prompt)
@@ -162,7 +164,10 @@ def _one_batch(llm: LLM, batch: list[BenchPrompt], number: int, plan: Plan, meas
     # Side by side: Ctrl-C must find both or neither.
     measured.records.extend(records)
     measured.plain.extend(runs[False][0].answers if plan.plain else [])
-    measured.batches.append({"plain_seconds": seconds[False], "speculative_seconds": seconds[True]})
+    after = llm.engine.backend.graphs
+    recorded = None if before is None or after is None else after - before
+    timed = {"plain_seconds": seconds[False], "speculative_seconds": seconds[True]}
+    measured.batches.append(timed | {"graphs_recorded": recorded})
 
 
 def _control(
