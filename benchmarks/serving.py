@@ -157,7 +157,7 @@ def ttft(args: argparse.Namespace) -> Found:
 def timed(args: argparse.Namespace) -> Found:
     levels = [int(level) for level in args.levels.split(",")]
     with hosted([*child_arguments(args), "--no-prefix-reuse"]) as server:
-        prompts = select(load_prompts(args.prompts), args.category, None, False)
+        prompts = select(load_prompts(args.prompts), args.category, args.limit, True)
         return speed(server, levels, args.count, args.tokens, prompts, tell)
 
 
@@ -204,6 +204,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--levels", default="1,4,8", help="speed: how many chats at once")
     parser.add_argument("--prompts", type=Path, help="speed: JSONL as in redrafter bench; default: 12 of ours")
     parser.add_argument("--category", default="", help="speed: only prompts whose category starts so")
+    parser.add_argument("--limit", type=int, help="speed: only so many of them, spread over all kinds; default: all")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="the result")
     args = parser.parse_args(arguments)

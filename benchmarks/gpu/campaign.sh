@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that is measured on one H200, on a machine that pack.sh's and mlx_pack.sh's parts were brought to:
 #   benchmarks/gpu/campaign.sh torch PARTS QUESTIONS OUT     6 minutes: float32 answers, 7B shape, SmolLM2-135M
-#   benchmarks/gpu/campaign.sh doors PARTS QUESTIONS OUT     3 minutes: the server, then MLX beside mlx-lm
+#   benchmarks/gpu/campaign.sh doors PARTS QUESTIONS OUT     6 minutes: the server, then MLX beside mlx-lm
 # PARTS: the folder of pack.sh's three parts together; `mlx_h200.sh keep` has put aside the others. What needs the GPU to
 # itself has it: the instrument for MLX is written while float32 answers are compared, of which nothing is timed.
 # Say which commit this is in REDRAFTER_COMMIT where the sources came without their history.
@@ -29,8 +29,8 @@ torch)
     ;;
 doors)
     TRITON_CACHE_DIR=$work/triton python3 "$here/../serving.py" speed --model "$MODEL" --drafter "$drafter" \
-        --instrument $shape --device cuda --dtype bfloat16 --levels 1,8,32 --max-batch 32 --max-context 1024 --count 9 \
-        --prompts "$questions" --category mt_bench --tokens 256 --out "$out/$date-h200-serve-speed.json" \
+        --instrument $shape --device cuda --dtype bfloat16 --levels 1,8,32 --max-batch 32 --max-context 1024 --count 16 \
+        --prompts "$questions" --category mt_bench --limit 16 --tokens 256 --out "$out/$date-h200-serve-speed.json" \
         >"$out/serve.txt" 2>&1
     mlx bench "$work/mlx/model" "$work/mlx/drafter" "$questions" "$out" "$date-h200-mlx-7b" 12 --category mt_bench \
         --beam-width 8 --branching 8 --draft-length 5 --tree-size 48 >"$out/mlx.txt" 2>&1

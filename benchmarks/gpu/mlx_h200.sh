@@ -20,7 +20,7 @@ for folder in "${CUDA_HOME:-}" /usr/local/cuda "$nvidia/cu13"; do
         break
     fi
 done
-# Graphs of more operations than by default: all ways took less time (docs/log.md).
+# Graphs of more operations than by default: all ways took less time, once, on a host that varies (docs/log.md).
 export MLX_MAX_MB_PER_BUFFER=${MLX_MAX_MB_PER_BUFFER:-16000} MLX_MAX_OPS_PER_BUFFER=${MLX_MAX_OPS_PER_BUFFER:-200}
 export MLX_CUDA_GRAPH_CACHE_SIZE=${MLX_CUDA_GRAPH_CACHE_SIZE:-1000} MLX_PTX_CACHE_DIR=$home/ptx
 export PYTHONUNBUFFERED=1 PYTHONPATH=src:$site${PYTHONPATH:+:$PYTHONPATH}
