@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import sys
@@ -149,3 +150,10 @@ def known_shapes(metadata: dict[str, Any]) -> list[Candidate]:
         settings = {k: v for k, v in entry.items() if k != "tokens_per_step"}
         shapes.append(Candidate(from_mapping(DecodeConfig, settings), float(entry["tokens_per_step"])))
     return shapes
+
+
+def settle_memory() -> None:
+    """What was loaded stays: the garbage collector need not look at it again. Looking at the 370,000 objects of torch
+    and a model stops every request for 0.2 s, some day. For a program that keeps its model, not for a library."""
+    gc.collect()
+    gc.freeze()

@@ -12,6 +12,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from redrafter.load import settle_memory
 from redrafter.server import answers as answers_module
 from redrafter.server import run as run_module
 from tests.server.client import MESSAGES, chat, dial, error_of, events, receive_until, request_bytes
@@ -199,7 +200,7 @@ def test_a_body_that_does_not_come_is_given_up(server: Running) -> None:
 
 def test_what_was_loaded_is_not_looked_at_again_by_the_garbage_collector() -> None:
     before = gc.get_freeze_count()
-    run_module.settle_memory()
+    settle_memory()
     try:
         assert gc.get_freeze_count() > before
         assert len(gc.get_objects()) < 0.1 * gc.get_freeze_count()

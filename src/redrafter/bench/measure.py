@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from redrafter.bench.control import accepting_nothing, usual_shape, with_shape
 from redrafter.bench.metrics import first_fork, looping
 from redrafter.errors import InvalidRequest
+from redrafter.load import settle_memory
 from redrafter.params import DecodeConfig, SamplingParams
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def measure(
     try:
         tell("warming up")
         _warm_up(llm, batches, plan)
+        settle_memory()
         started = time.perf_counter()
         for number, batch in enumerate(batches):
             _one_batch(llm, batch, number, plan, measured)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from redrafter.errors import InvalidRequest
 from redrafter.llm import LLM
+from redrafter.load import settle_memory
 from redrafter.server.app import build
 from redrafter.server.errors import ApiError, unavailable
 from redrafter.server.service import Service
@@ -149,13 +149,6 @@ def bind(settings: ServeSettings) -> socket.socket:
             f"port {settings.port} of {settings.host} cannot be used: {reason}; pick another with --port"
         ) from error
     return listener
-
-
-def settle_memory() -> None:
-    """What was loaded stays: the garbage collector need not look at it again. Looking at the 370,000 objects of torch
-    and a model stops every stream for 0.2 s."""
-    gc.collect()
-    gc.freeze()
 
 
 def serve(
