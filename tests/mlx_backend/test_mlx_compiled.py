@@ -86,34 +86,6 @@ def test_compiled_speculative_steps_give_the_same_ids(folders: dict[str, Path], 
     assert 1 <= len(backend.steps) <= 3
 
 
-@pytest.mark.slow
-@needs_compiler
-@pytest.mark.parametrize("setting", ["greedy", "sampled"])
-def test_compiled_parts_of_steps_give_the_same_ids(folders: dict[str, Path], setting: str) -> None:
-    """As on CUDA. Rows of different lengths, a step ahead; minutes, for the reason above."""
-    backend = open_backend(folders["llama"], folders["drafter"])
-    prompts, asked = [PROMPT[:9], PROMPT], [params(setting), params(setting, max_new_tokens=40)]
-    expected = run_all(Engine(backend, SHAPE, max_batch=2), prompts, asked)
-    parted = in_parts(folders["llama"], folders["drafter"])
-    parted.run_ahead = True
-    for config in (SHAPE, PLAIN):
-        found = run_all(Engine(parted, config, max_batch=2), prompts, asked)
-        assert [ids for ids, _ in found] == [ids for ids, _ in expected]
-    drafted = run_all(Engine(parted, SHAPE, max_batch=2), prompts, asked)
-    assert [s.accepted_at_depth for _, s in drafted] == [s.accepted_at_depth for _, s in expected]
-
-
-@needs_compiler
-def test_compiled_parts_of_plain_steps_give_the_same_ids(folders: dict[str, Path]) -> None:
-    backend = open_backend(folders["llama"], None)
-    expected, _ = run(Engine(backend, PLAIN), PROMPT, params("greedy"))
-    assert run(Engine(in_parts(folders["llama"], None), PLAIN), PROMPT, params("greedy"))[0] == expected
-
-
-def in_parts(model: Path, drafter: Path | None) -> MLXBackend:
-    return MLXBackend(open_target(model), None if drafter is None else load_drafter(drafter), 200, [], parts=True)
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_a_step_ahead_changes_no_answer(folders: dict[str, Path], family: str) -> None:
     """Requests of different lengths that end at different times. The slots looked at follow from what the host knew."""

@@ -1,8 +1,7 @@
-"""A step as functions of arrays, written down once per kind of step and replayed by ``mx.compile``.
+"""A whole step as one function of arrays, written down once per kind of step and replayed by ``mx.compile``.
 
 Writing a step's thousand operations down in Python takes longer than a GPU needs to compute them for a small model.
-On Apple's GPUs the whole step is one function, on CUDA each part around the target's forward (``part_by_part``).
-A compiled function is keyed by what is not an array in it; MLX itself keeps a version per set of shapes.
+The compiled function is keyed by what is not an array in it; MLX itself keeps a version per set of shapes.
 """
 
 from __future__ import annotations
@@ -12,14 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from redrafter.algorithm.accept import Accepted, choose_accept
-from redrafter.algorithm.beam import DraftBeams, Reading, draft
-from redrafter.algorithm.ops import Ops
-from redrafter.algorithm.sampling import Sampling
-from redrafter.algorithm.step import DecodeState, Stages, advance, step_noise
-from redrafter.algorithm.tree import TokenTree, pack
 from redrafter.backends.mlx.kv_cache import KVCache
-from redrafter.params import DecodeConfig
 
 
 class _Leaf:
@@ -109,47 +101,3 @@ class Steps:
                     cache.arrays, cache.limit = arrays, None
 
         return pure
-
-
-def part(function: Callable[[Any, Any], Any]) -> Steps:
-    """A part of a step, compiled; the step starts it."""
-    steps = Steps(function, compiled=True)
-    steps.start = lambda *_: None
-    return steps
-
-
-def part_by_part(ops: Ops, target: Any) -> Stages:
-    """The algorithm's own stages, each compiled. The target's forward is left as it is: its time on CUDA is that of
-    launches that nothing can join, and a compiled plain step of the 7B shape took half as long again."""
-    noisy = part(lambda state, depths: step_noise(ops, target, state, depths))
-    drafting = part(lambda given, shape: draft(ops, given[0], given[1], given[2], shape, given[3]))
-    packing = part(lambda given, tree_size: pack(ops, given[0], given[1], tree_size))
-    choosing = part(lambda given, depths: choose_accept(ops, given[0], given[1], given[2], given[3], depths))
-    advancing = part(lambda given, _: advance(ops, given[0], given[1], given[2]))
-
-    def noise(_ops: Ops, _target: Any, state: DecodeState, depths: int) -> Any:
-        known = state._replace(reading=None, root=None)  # type: ignore[arg-type]
-        return None if state.sampling.inverse_temperature is None else noisy(known, depths, [], ())
-
-    def write(_ops: Ops, drafter: Any, reading: Reading, root: mx.array, shape: DecodeConfig, noise: Any) -> DraftBeams:
-        caches = [] if drafter.cache is None else [drafter.cache]
-        limits = tuple(cache.limit for cache in caches)
-        beams: DraftBeams = drafting((drafter, reading, root, noise), shape, caches, limits)
-        return beams
-
-    def merge(_ops: Ops, beams: DraftBeams, root: mx.array, tree_size: int) -> TokenTree:
-        if tree_size == 1:
-            return pack(ops, beams, root, tree_size)
-        tree: TokenTree = packing((beams, root), tree_size, [], ())
-        return tree
-
-    def choose(_ops: Ops, logits: mx.array, tree: TokenTree, sampling: Sampling, noise: Any, depths: int) -> Accepted:
-        accepted: Accepted = choosing((logits, tree, sampling, noise), depths, [], ())
-        return accepted
-
-    def go_on(_ops: Ops, state: DecodeState, features: mx.array, accepted: Accepted) -> DecodeState:
-        known = state._replace(reading=None)  # type: ignore[arg-type]
-        after: DecodeState = advancing((known, features, accepted), None, [], ())
-        return after
-
-    return Stages(noise, write, merge, choose, go_on)
