@@ -27,7 +27,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
 }
-MODULES = {topk: "_tile_tops", beam: "_beam_level", pack: "_pack", accept: "_accept", noise: "_noise", state: "_place"}
+MODULES = {beam: "_beam_level", pack: "_pack", accept: "_accept", noise: "_noise", state: "_place"}
 
 
 class Compiled:
@@ -78,14 +78,14 @@ def test_draft_and_pack_compile(done: list[str]) -> None:
     geometry = list(beam.levels(shape, 5000))
     pool = beam.new_pool(2, 72, torch.device("cpu"))
     winners = None
-    for level in geometry:
-        logits = torch.zeros(2, level.beams, 5000, dtype=torch.bfloat16)
-        coupling = topk.Coupling(gumbel, torch.ones(2)) if level.depth == 2 else None
-        tops = topk.tile_tops(logits, level.children, ids, coupling)
-        winners = beam.beam_level(tops, level, pool, winners, ids)
+    arrived = torch.zeros(2, dtype=torch.int32)
+    for depth in geometry:
+        logits = torch.zeros(2, depth.beams, 5000, dtype=torch.bfloat16)
+        coupling = topk.Coupling(gumbel, torch.ones(2)) if depth.depth == 2 else None
+        winners = beam.beam_level(logits, depth, pool, winners, arrived, ids, coupling)
     assert winners is not None
     pack.pack(pack.DraftBeams(*pool, winners.slot, 2), torch.zeros(2, dtype=torch.int64), 64)
-    assert done == ["_tile_tops", "_beam_level"] * 2 + ["_pack"]
+    assert done == ["_beam_level"] * 2 + ["_pack"]
 
 
 def test_noise_choose_and_accept_compile(done: list[str]) -> None:

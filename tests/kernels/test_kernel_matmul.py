@@ -38,8 +38,17 @@ def test_gated(rows: int) -> None:
     x, w = random(rows, 72, seed=1), random(80, 72, seed=2)
     gain = random(72, seed=5)
     gate, up = F.linear(F.rms_norm(x, (72,), gain, 1e-5), w).chunk(2, -1)
-    y = few_rows(x, w, norm=Norm(gain, 1e-5), gated=True)
+    y = few_rows(x, w, norm=Norm(gain, 1e-5), pair="gated")
     torch.testing.assert_close(y, F.silu(gate) * up, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("shared", [True, False])
+def test_residual_block(rows: int, shared: bool) -> None:
+    x, w, r = random(rows, 72, seed=1), random(80, 72, seed=2), random(1 if shared else rows, 80, seed=3)
+    a, b = (F.linear(x, w) + r).chunk(2, -1)
+    y = few_rows(x, w, residual_MN=r.expand(rows, 80), pair="block")
+    torch.testing.assert_close(y, a + F.silu(b), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("split", [2, 4])
@@ -57,7 +66,7 @@ def test_half_precision_rounds_where_torch_does(rows: int) -> None:
     # Not bfloat16: triton's interpreter neither rounds nor multiplies it as a GPU does.
     x, w = random(rows, 64, seed=1, dtype=torch.float16), random(64, 64, seed=2, dtype=torch.float16)
     gate, up = F.linear(x, w).chunk(2, -1)
-    y = few_rows(x, w, gated=True)
+    y = few_rows(x, w, pair="gated")
     assert (y == F.silu(gate) * up).float().mean() > 0.9
 
 

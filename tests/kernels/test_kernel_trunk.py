@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed: its kernels canno
 from redrafter.algorithm.beam import Reading
 from redrafter.backends.torch.cuda import KernelDrafter
 from redrafter.backends.torch.drafter import Drafter
-from redrafter.backends.torch.drafting import TorchDrafter, token_table
+from redrafter.backends.torch.drafting import DraftState, TorchDrafter, token_table
 from redrafter.backends.torch.kernels.matmul import MAX_ROWS
 from redrafter.backends.torch.kernels.trunk import LastContext, scaled_parts
 from redrafter.backends.torch.kernels.window import MAX_PAIRS
@@ -60,10 +60,21 @@ def assert_same_start(eager: TorchDrafter, fast: KernelDrafter, reading: Reading
     expected, state = eager.begin(reading), fast.begin(reading)
     proj = eager.drafter.input_proj
     part = F.linear(expected.context, proj.weight[:, : expected.context.shape[-1]], proj.bias)
-    torch.testing.assert_close(state.context, part, rtol=1e-4, atol=1e-5)
+    both = torch.cat([part, *(block.linear(part) for block in eager.drafter.blocks[:1])], -1)
+    torch.testing.assert_close(state.context, both, rtol=1e-4, atol=1e-5)
+    assert_same_logits(eager, fast, expected, state)
     torch.testing.assert_close(state.state, expected.state, rtol=1e-4, atol=1e-5)
     for kept, new in zip((*eager._keys, *eager._values), (*fast._keys, *fast._values), strict=True):
         torch.testing.assert_close(new, kept, rtol=1e-4, atol=1e-5)
+
+
+def assert_same_logits(eager: TorchDrafter, fast: KernelDrafter, expected: DraftState, state: DraftState) -> None:
+    """Of the root's beam, and of two beams that go on from it."""
+    rows = len(expected.state)
+    torch.testing.assert_close(fast.logits(state), eager.logits(expected), rtol=1e-4, atol=1e-4)
+    beam, token = torch.zeros(rows, 2, dtype=torch.int64), torch.arange(2 * rows).view(rows, 2) % VOCAB
+    expected, state = eager.extend(expected, beam, token), fast.extend(state, beam, token)
+    torch.testing.assert_close(fast.logits(state), eager.logits(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_every_part_is_scaled_alone() -> None:
@@ -84,8 +95,10 @@ def test_every_part_is_scaled_alone() -> None:
         {"trunk_heads": 3, "trunk_kv_heads": 1, "trunk_expansion": 1.3, "trunk_window": 6},
         {"context_state": False, "state_size": 18},
         {"cell": "rnn"},
+        {"num_blocks": 0},
+        {"num_blocks": 2},
     ],
-    ids=["shipped", "odd", "from zeros", "rnn"],
+    ids=["shipped", "odd", "from zeros", "rnn", "no block", "two blocks"],
 )
 def test_a_step_begins_as_on_the_eager_path(count: list[int], config: dict[str, Any]) -> None:
     eager, fast = pair_of(3, **config)

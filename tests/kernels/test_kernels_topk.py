@@ -1,4 +1,4 @@
-"""The tile kernel: merged, its tiles are log-softmax and top-k of the whole row."""
+"""The tiles of a level, merged, are log-softmax and top-k of the whole row."""
 
 from __future__ import annotations
 
@@ -9,25 +9,33 @@ from torch import Tensor
 from tests.kernels.twins import OPS, random
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be tested")
-from redrafter.backends.torch.kernels.topk import Coupling, TileTops, tile_size, tile_tops
+from redrafter.backends.torch.kernels.beam import Level, Winners, beam_level, new_pool
+from redrafter.backends.torch.kernels.topk import Coupling, tile_size
 
 
-def merge(tops: TileTops, rows: int, beams: int, children: int) -> tuple[Tensor, Tensor]:
-    """log-softmax and index [B, W, K] of the children largest keys."""
-    best = tops.keys.flatten(1).sort(dim=1, descending=True).values[:, :children]
-    ordered = (best >> 32).to(torch.int32)
-    value = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).view(torch.float32)
-    log_prob = value - torch.logsumexp(tops.log_sum_exp, 1, keepdim=True)
+def children_of(
+    logits: Tensor, children: int, ids: Tensor | None = None, coupling: Coupling | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scores and tokens [B, W, K] that a level writes for beams of score 0."""
+    rows, beams, _ = logits.shape
+    level = Level(depth=2, offset=0, beams=beams, children=children, width=1)
+    zeros = torch.zeros(rows, beams, dtype=torch.int64, device=logits.device)
+    pool = new_pool(rows, beams * children, logits.device)
+    arrived = torch.zeros(rows, dtype=torch.int32, device=logits.device)
+    beam_level(logits, level, pool, Winners(zeros, zeros, zeros, zeros.float()), arrived, ids, coupling)
+    assert not arrived.any()
     shape = (rows, beams, children)
-    return log_prob.reshape(shape), (0x7FFFFFFF - (best & 0x7FFFFFFF)).reshape(shape)
+    return pool.score.view(shape), pool.tokens.view(shape)
 
 
 def check(logits: Tensor, children: int, exact: Tensor | None = None) -> None:
     exact = logits.float() if exact is None else exact
     value, index = OPS.top_k(exact, children)
-    got, got_index = merge(tile_tops(logits, children), *logits.shape[:2], children)
-    assert torch.equal(got_index, index)
-    torch.testing.assert_close(got, value - OPS.logsumexp(exact), rtol=1e-5, atol=1e-5, equal_nan=True)
+    expected = value - OPS.logsumexp(exact)
+    score, token = children_of(logits, children)
+    assert torch.equal(token, index)
+    # No child is above its parent's 0, NaN included.
+    torch.testing.assert_close(score, torch.where(expected <= 0, expected, 0.0), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("vocabulary", [3, 1024, 1025, 5000])
@@ -70,10 +78,10 @@ def test_coupling_is_the_algorithms(reduced: bool, device: torch.device) -> None
     seen = noise[:, :1500] if ids is None else noise[:, ids]
     factor = inverse[:, None, None]
     coupled = torch.where(factor > 0, logits * factor + seen[:, None, :], logits)
-    tops = tile_tops(logits, 4, ids, Coupling(noise, inverse))
-    expected = tile_tops(coupled, 4)
-    assert torch.equal(tops.keys, expected.keys)
-    assert torch.equal(tops.log_sum_exp, expected.log_sum_exp)
+    score, token = children_of(logits, 4, ids, Coupling(noise, inverse))
+    expected, index = children_of(coupled, 4)
+    assert torch.equal(token, index if ids is None else ids[index])
+    assert torch.equal(score, expected)
 
 
 def test_tiles_stay_few() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from redrafter.algorithm.accept import Accepted
 from redrafter.algorithm.beam import DraftBeams, Reading, draft
@@ -168,7 +169,9 @@ def _pinned(value: Any) -> Any:
 class KernelDrafter(TorchDrafter):
     """TorchDrafter with a few launches per drafted token instead of a dozen, and ten per step instead of fifty.
 
-    The head's input is W_c c + W_s s + b before the residual blocks; the context's part is computed once per step.
+    The head's input is x = W_c c + W_s s + b before the residual blocks; the context's part is computed once per step.
+    The first block, x + silu(L x + l), is folded into it: of the stacked rows [W; L W] the products of c and s give x
+    and L x + l at once (rounded once less than on the eager path, which acceptance may notice and no answer can).
     ``embedding`` [V, D]: what ``embed`` looks up in; without it the context is computed as TorchDrafter does.
     """
 
@@ -186,7 +189,8 @@ class KernelDrafter(TorchDrafter):
         self._gru = config.cell == "gru" and table is not None
         self._project = config.exit_dim != config.width + config.state_size
         if self._project:
-            parts = drafter.input_proj.weight.split([config.width, config.state_size], 1)
+            weight, self._bias = _with_block(drafter.input_proj, drafter.blocks[0].linear if drafter.blocks else None)
+            parts = weight.split([config.width, config.state_size], 1)
             self._of_context, self._of_state = (part.contiguous() for part in parts)
         self._last_context: LastContext | None = None
         if embedding is not None and LastContext.exists(drafter):
@@ -228,10 +232,9 @@ class KernelDrafter(TorchDrafter):
             state = DraftState(context, new, 0)
         if not self._project:
             return state
-        bias = self.drafter.input_proj.bias
         if rows > MAX_ROWS:
-            return state._replace(context=torch.nn.functional.linear(state.context, self._of_context, bias))
-        part = few_rows(state.context.reshape(rows, -1), self._of_context, bias)
+            return state._replace(context=F.linear(state.context, self._of_context, self._bias))
+        part = few_rows(state.context.reshape(rows, -1), self._of_context, self._bias)
         return state._replace(context=part[:, None])
 
     def extend(self, state: DraftState, beam_BW: Tensor, token_BW: Tensor) -> DraftState:
@@ -255,18 +258,32 @@ class KernelDrafter(TorchDrafter):
         if not self._project:
             return super().logits(state)
         if rows * width > MAX_ROWS:
-            x = state.context + torch.nn.functional.linear(state.state, self._of_state)
-            for block in self.drafter.blocks:
+            x = state.context + F.linear(state.state, self._of_state)
+            if self.drafter.blocks:
+                x, inner = x.chunk(2, -1)
+                x = x + F.silu(inner)
+            for block in self.drafter.blocks[1:]:
                 x = block(x)
         else:
             context = state.context.expand(rows, width, -1).reshape(rows * width, -1)
-            x = few_rows(state.state.reshape(rows * width, size), self._of_state, residual_MN=context)
-            for block in self.drafter.blocks:
+            flat = state.state.reshape(rows * width, size)
+            x = few_rows(flat, self._of_state, residual_MN=context, pair="block" if self.drafter.blocks else None)
+            for block in self.drafter.blocks[1:]:
                 linear: Any = block.linear
                 x = few_rows(x, linear.weight, linear.bias, residual_MN=x, silu=True)
         if self.drafter.config.head != "own":
             x = self.drafter.exit(x)
         return self._head(x).view(rows, width, -1)
+
+
+def _with_block(proj: torch.nn.Linear, block: Any) -> tuple[Tensor, Tensor]:
+    """Weight [2 E, ..] and bias [2 E] that give proj(x), then block(proj(x)); without a block those of ``proj``."""
+    if block is None:
+        return proj.weight, proj.bias
+    weight, bias, inner = proj.weight.float(), proj.bias.float(), block.weight.float()
+    folded = torch.cat([weight, inner @ weight]), torch.cat([bias, inner @ bias + block.bias.float()])
+    whole, both = (x.to(proj.weight.dtype) for x in folded)
+    return whole, both
 
 
 def _noise(ops: Ops, target: Any, state: DecodeState, depths: int) -> Any:

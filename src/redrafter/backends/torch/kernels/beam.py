@@ -1,6 +1,8 @@
-"""One level of the beam search in one kernel: merge the vocabulary's tiles, score children, write the pool, pick beams.
+"""One level of the beam search in one launch: scan the vocabulary's tiles (``topk.py``), and whoever is last of a row's
+programs merges them, scores children, writes the pool, picks beams. Who that is decides nothing: it reads all tiles'
+results in their order.
 
-The eager twin is the body of the loop in ``algorithm/beam.draft``. B rows, W beams, P pool slots.
+The eager twin is the body of the loop in ``algorithm/beam.draft``. B rows, W beams, P pool slots, V draft vocabulary.
 """
 
 from collections.abc import Iterator
@@ -12,7 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from redrafter.backends.torch.kernels.early import early, start_early
-from redrafter.backends.torch.kernels.topk import NO_KEY, TileTops, key_index, key_value, order_key, safe_maximum
+from redrafter.backends.torch.kernels.topk import (
+    NO_KEY,
+    Coupling,
+    block_for,
+    key_index,
+    key_value,
+    order_key,
+    safe_maximum,
+    scan,
+)
 from redrafter.params import DecodeConfig
 
 
@@ -59,51 +70,35 @@ def new_pool(rows: int, slots: int, device: torch.device) -> Pool:
     return Pool(tokens, parent, depth, torch.empty(rows, slots, dtype=torch.float32, device=device))
 
 
-@triton.jit(do_not_specialize=["offset", "depth"])  # one binary for all depths of one geometry
-def _beam_level(
-    keys,
-    log_sum_exp,
-    token_ids,
-    parent_slot,
-    parent_score,
-    pool_token,
-    pool_parent,
-    pool_depth,
-    pool_score,
-    out_beam,
-    out_token,
-    out_slot,
-    out_score,
-    pool,
-    offset,
-    depth,
-    tiles,
-    BEAMS: tl.constexpr,
-    CHILDREN: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BEAMS_P: tl.constexpr,
-    CHILDREN_P: tl.constexpr,
-    TILES_P: tl.constexpr,
-    CANDIDATES_P: tl.constexpr,
-    REDUCED: tl.constexpr,
-    ROOT: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    start_early(EARLY)
-    row = tl.program_id(0).to(tl.int64)
+def _no_winners(rows: int, width: int, device: torch.device) -> Winners:
+    beam, token, slot = (torch.empty(rows, width, dtype=torch.int64, device=device) for _ in range(3))
+    return Winners(beam, token, slot, torch.empty(rows, width, dtype=torch.float32, device=device))
+
+
+@triton.jit
+def _merge(
+    row, keys, log_sum_exp, token_ids, parent_slot, parent_score, pool_token, pool_parent, pool_depth, pool_score,
+    out_beam, out_token, out_slot, out_score, pool, offset, depth, tiles,
+    BEAMS: tl.constexpr, CHILDREN: tl.constexpr, WIDTH: tl.constexpr, BEAMS_P: tl.constexpr, CHILDREN_P: tl.constexpr,
+    TILES_P: tl.constexpr, CANDIDATES_P: tl.constexpr, REDUCED: tl.constexpr, ROOT: tl.constexpr,
+):  # fmt: skip
+    """Of one row: from the tiles' best keys and sums to the pool and the winners."""
     beam = tl.arange(0, BEAMS_P)[:, None]
     source = row * BEAMS + beam  # [BEAMS_P, 1]
     is_beam = beam < BEAMS
 
     tile = tl.arange(0, TILES_P)[None, :]
-    part = tl.load(log_sum_exp + source * tiles + tile, mask=is_beam & (tile < tiles), other=float("-inf"))
+    # Past the first cache, which does not see what other multiprocessors have just written.
+    read = is_beam & (tile < tiles)
+    part = tl.load(log_sum_exp + source * tiles + tile, mask=read, other=float("-inf"), cache_modifier=".cg")
     maximum = safe_maximum(tl.max(part, axis=1))[:, None]
     total = tl.sum(tl.exp(part - maximum), axis=1)[:, None]
     log_total = tl.log(total) + maximum
 
     candidates = tiles * CHILDREN
     candidate = tl.arange(0, CANDIDATES_P)[None, :]
-    key = tl.load(keys + source * candidates + candidate, mask=is_beam & (candidate < candidates), other=NO_KEY)
+    read = is_beam & (candidate < candidates)
+    key = tl.load(keys + source * candidates + candidate, mask=read, other=NO_KEY, cache_modifier=".cg")
     child = tl.arange(0, CHILDREN_P)[None, :]
     best = tl.full([BEAMS_P, CHILDREN_P], NO_KEY, tl.int64)
     for i in range(CHILDREN):
@@ -142,37 +137,65 @@ def _beam_level(
     tl.store(out_score + to, score, mask=wins)
 
 
+@triton.jit(do_not_specialize=["offset", "depth"])
+def _beam_level(
+    logits, noise, inverse_temperature, token_ids, keys, log_sum_exp, vocabulary, row_stride, noise_stride, arrived,
+    parent_slot, parent_score, pool_token, pool_parent, pool_depth, pool_score,
+    out_beam, out_token, out_slot, out_score, pool, offset, depth, tiles,
+    PADDED: tl.constexpr, BLOCK: tl.constexpr, COUPLED: tl.constexpr,
+    BEAMS: tl.constexpr, CHILDREN: tl.constexpr, WIDTH: tl.constexpr, BEAMS_P: tl.constexpr, CHILDREN_P: tl.constexpr,
+    TILES_P: tl.constexpr, CANDIDATES_P: tl.constexpr, REDUCED: tl.constexpr, ROOT: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    start_early(EARLY)
+    beam = tl.program_id(0).to(tl.int64)
+    scan(
+        beam, tl.program_id(1), logits, noise, inverse_temperature, token_ids, keys, log_sum_exp,
+        vocabulary, row_stride, noise_stride, BEAMS, tiles, CHILDREN, PADDED, BLOCK, COUPLED, REDUCED,
+    )  # fmt: skip
+    row = beam // BEAMS
+    tl.debug_barrier()  # every thread's results lie in memory before this program says so
+    if tl.atomic_add(arrived + row, 1, sem="acq_rel") == BEAMS * tiles - 1:
+        tl.store(arrived + row, 0)
+        _merge(
+            row, keys, log_sum_exp, token_ids, parent_slot, parent_score,
+            pool_token, pool_parent, pool_depth, pool_score, out_beam, out_token, out_slot, out_score,
+            pool, offset, depth, tiles,
+            BEAMS, CHILDREN, WIDTH, BEAMS_P, CHILDREN_P, TILES_P, CANDIDATES_P, REDUCED, ROOT,
+        )  # fmt: skip
+
+
 def beam_level(
-    tops: TileTops, level: Level, pool: Pool, before: Winners | None, token_ids: Tensor | None = None
+    logits_BWV: Tensor,
+    level: Level,
+    pool: Pool,
+    before: Winners | None,
+    arrived_B: Tensor,
+    token_ids: Tensor | None = None,
+    coupling: Coupling | None = None,
 ) -> Winners:
-    """Fill ``pool`` at ``level`` and pick the beams that go on. ``before``: this level's beams, None at the root."""
-    rows = pool.score.shape[0]
-    tiles = tops.keys.shape[1]
-    device = pool.score.device
-    beam, token, slot = (torch.empty(rows, level.width, dtype=torch.int64, device=device) for _ in range(3))
-    out = Winners(beam, token, slot, torch.empty(rows, level.width, dtype=torch.float32, device=device))
-    beams_p, candidates_p = (triton.next_power_of_2(n) for n in (level.beams, tiles * level.children))
-    _beam_level[(rows,)](
-        tops.keys,
-        tops.log_sum_exp,
-        tops.keys if token_ids is None else token_ids,
-        *((pool.parent, pool.score) if before is None else (before.slot, before.score)),
-        *pool,
-        *out,
-        pool.score.shape[1],
-        level.offset,
-        level.depth,
-        tiles,
-        BEAMS=level.beams,
-        CHILDREN=level.children,
-        WIDTH=level.width,
-        BEAMS_P=beams_p,
-        CHILDREN_P=triton.next_power_of_2(level.children),
-        TILES_P=triton.next_power_of_2(tiles),
-        CANDIDATES_P=candidates_p,
-        REDUCED=token_ids is not None,
-        ROOT=before is None,
-        num_warps=8 if beams_p * candidates_p < 8192 else 16,  # so that the keys stay in registers
-        **early(beam),
-    )
+    """Fill ``pool`` at ``level`` and pick the beams that go on. ``before``: this level's beams, None at the root.
+    ``arrived_B`` int32: zeros, and zeros again afterwards."""
+    rows, beams, vocabulary = logits_BWV.shape
+    logits_RV = logits_BWV.reshape(rows * beams, vocabulary)
+    assert logits_RV.stride(1) == 1 and beams == level.beams and len(arrived_B) == rows
+    block = block_for(vocabulary, level.children)
+    tiles = triton.cdiv(vocabulary, block)
+    keys = torch.empty(rows * beams, tiles, level.children, dtype=torch.int64, device=logits_RV.device)
+    log_sum_exp = torch.empty(rows * beams, tiles, dtype=torch.float32, device=logits_RV.device)
+    noise, inverse = (log_sum_exp, log_sum_exp) if coupling is None else coupling
+    out = _no_winners(rows, level.width, logits_RV.device)
+    padded = triton.next_power_of_2(level.children)
+    beams_p, candidates_p = (triton.next_power_of_2(n) for n in (beams, tiles * level.children))
+    _beam_level[(rows * beams, tiles)](
+        logits_RV, noise, inverse, keys if token_ids is None else token_ids, keys, log_sum_exp,
+        vocabulary, logits_RV.stride(0), noise.stride(0), arrived_B,
+        *((pool.parent, pool.score) if before is None else (before.slot, before.score)), *pool, *out,
+        pool.score.shape[1], level.offset, level.depth, tiles,
+        PADDED=padded, BLOCK=block, COUPLED=coupling is not None,
+        BEAMS=beams, CHILDREN=level.children, WIDTH=level.width, BEAMS_P=beams_p, CHILDREN_P=padded,
+        TILES_P=triton.next_power_of_2(tiles), CANDIDATES_P=candidates_p,
+        REDUCED=token_ids is not None, ROOT=before is None,
+        num_warps=max(block // 512, 8 if beams_p * candidates_p > 2048 else 1), **early(keys),
+        enable_fp_fusion=False,  # x * inverse + gumbel rounds twice, as in the algorithm
+    )  # fmt: skip
     return out

@@ -1,7 +1,8 @@
 """Matrix products of few rows: as fast as their weights can be read, with the work around them in the same launch.
 
     y = residual + act(scale * (x * g) W^T + bias)        scale = 1 / rms(x), or 1
-    y = silu(scale * (x * g) Wg^T) * (scale * (x * g) Wu^T)
+    y = silu(scale * (x * g) Wg^T) * (scale * (x * g) Wu^T)                      ``pair="gated"``
+    y = a + silu(b),  a = x Wa^T + ra,  b = x Wb^T + rb                          ``pair="block"``
 
 The norm costs nothing: its weight multiplies x on the way in and its scale, one number per row, the sums on the way
 out. Measured on one H200, weights of the Llama-2-7B shape in bfloat16: one row 4.0 TB/s against cuBLAS' 3.6 (o_proj:
@@ -12,7 +13,7 @@ Letters: M rows, N outputs, K inputs, R beams, S state.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -45,9 +46,23 @@ def _finish(
 
 
 @triton.jit
+def _paired(acc, up, n, row, live, residual, residual_row, dtype: tl.constexpr, N, PAIR: tl.constexpr):
+    """One sum of two: gate and up (PAIR 1), or the two of a residual block with what is added to each (2)."""
+    if PAIR == 2:
+        place = residual + row.to(tl.int64) * residual_row + n
+        acc += tl.load(place, mask=live, other=0.0).to(tl.float32)
+        up += tl.load(place + N, mask=live, other=0.0).to(tl.float32)
+    first = acc.to(dtype).to(tl.float32)
+    second = up.to(dtype).to(tl.float32)
+    if PAIR == 2:
+        return first + (second / (1.0 + tl.exp(-second))).to(dtype).to(tl.float32)
+    return (first / (1.0 + tl.exp(-first))).to(dtype).to(tl.float32) * second
+
+
+@triton.jit
 def _gemv(
     x, w, gain, bias, residual, residual_row, y, N: tl.constexpr, K: tl.constexpr, eps,
-    NORM: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, RESIDUAL: tl.constexpr,
+    NORM: tl.constexpr, PAIR: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, RESIDUAL: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One row. A program reads BN weight rows, BK columns at a time."""
@@ -68,7 +83,7 @@ def _gemv(
             v = (v * tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
         mask = (n < N)[:, None] & inside[None, :]
         acc += tl.load(w + row[:, None] + k[None, :], mask=mask, other=0.0).to(tl.float32) * v[None, :]
-        if GATED:
+        if PAIR > 0:
             second = w + N * K
             up += tl.load(second + row[:, None] + k[None, :], mask=mask, other=0.0).to(tl.float32) * v[None, :]
     y_n = tl.sum(acc, 1)
@@ -76,17 +91,15 @@ def _gemv(
     if NORM > 0:
         scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
         y_n *= scale
-    if GATED:
-        gate = y_n.to(dtype).to(tl.float32)
-        gate = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-        y_n = gate * (tl.sum(up, 1) * scale).to(dtype).to(tl.float32)
+    if PAIR > 0:
+        y_n = _paired(y_n, tl.sum(up, 1) * scale, n, n * 0, n < N, residual, residual_row, dtype, N, PAIR)
     _finish(y_n, n, n * 0, n < N, bias, residual, residual_row, y, N, HAS_BIAS, SILU, RESIDUAL)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _skinny(
     x, w, gain, bias, residual, residual_row, y, partial, arrived, M, N: tl.constexpr, K: tl.constexpr, eps,
-    NORM: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, RESIDUAL: tl.constexpr,
+    NORM: tl.constexpr, PAIR: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, RESIDUAL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -112,7 +125,7 @@ def _skinny(
             v = (v.to(tl.float32) * tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)[:, None]).to(dtype)
         mask = (n < N)[:, None] & inside[None, :]
         acc = tl.dot(tl.load(w + row[:, None] + k[None, :], mask=mask, other=0.0), v, acc, input_precision=PRECISION)
-        if GATED:
+        if PAIR > 0:
             second = w + N * K
             up = tl.dot(
                 tl.load(second + row[:, None] + k[None, :], mask=mask, other=0.0), v, up, input_precision=PRECISION
@@ -135,11 +148,10 @@ def _skinny(
             scale = tl.rsqrt(squares / K + eps)[None, :]
             acc *= scale
             up *= scale
-        if GATED:
-            gate = acc.to(dtype).to(tl.float32)
-            gate = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-            acc = gate * up.to(dtype).to(tl.float32)
-        _finish(acc, n[:, None] + 0 * m[None, :], m[None, :] + 0 * n[:, None], live, bias, residual, residual_row, y, N,
+        column, line = n[:, None] + 0 * m[None, :], m[None, :] + 0 * n[:, None]
+        if PAIR > 0:
+            acc = _paired(acc, up, column, line, live, residual, residual_row, dtype, N, PAIR)
+        _finish(acc, column, line, live, bias, residual, residual_row, y, N,
                 HAS_BIAS, SILU, RESIDUAL)  # fmt: skip
 
 
@@ -184,6 +196,9 @@ def _gru(
     tl.store(y + r[None, :] * S + column, ((1.0 - keep) * candidate + keep * old).to(dtype), mask=live)
 
 
+PAIRS = {None: 0, "gated": 1, "block": 2}
+
+
 class Norm(NamedTuple):
     """x / rms(x) * weight; without a weight, x / rms(x)."""
 
@@ -199,13 +214,13 @@ class _Plan(NamedTuple):
     stages: int
 
 
-def _plan(M: int, N: int, K: int, normed_or_gated: bool, gated: bool = False) -> _Plan:
+def _plan(M: int, N: int, K: int, whole: bool, paired: bool) -> _Plan:
     """Block sizes that read fastest on an H200, by a search over the shapes of Llama-2-7B and SmolLM2-135M."""
     if M == 1:
         if K >= 8192:
             return _Plan(1, 512, 1, 2, 1)
         if K >= 2048:
-            if gated:
+            if paired:
                 return _Plan(4, 1024, 1, 4, 1)
             return _Plan(2, 2048, 1, 8, 1) if N > 8192 else _Plan(1, 1024, 1, 8, 1)
         return _Plan(4, min(1024, triton.next_power_of_2(K)), 1, 4, 1)
@@ -214,7 +229,7 @@ def _plan(M: int, N: int, K: int, normed_or_gated: bool, gated: bool = False) ->
             return _Plan(16, 128, 1, 4, 4)
         return _Plan(32 if N <= 4096 else 64, 64, 1, 4, 4)
     split = 1
-    if not normed_or_gated:
+    if not whole:
         while triton.cdiv(N, 64) * split < 132 and split < 4:
             split *= 2
     return _Plan(64, 64, split, 4, 5)
@@ -237,26 +252,27 @@ def few_rows(
     *,
     norm: Norm | None = None,
     residual_MN: Tensor | None = None,
-    gated: bool = False,
+    pair: Literal["gated", "block"] | None = None,
     silu: bool = False,
     workspace: Workspace | None = None,
     plan: _Plan | None = None,
 ) -> Tensor:
     """[M, N] as the module's docstring says; M <= MAX_ROWS; rows of ``residual_MN`` may lie any distance apart, 0
-    included; with ``gated`` the weight is [2 N, K], gates first.
+    included; with ``pair`` the weight is [2 N, K], gates or a's part first, and of a block the residual [M, 2 N] too.
 
     bfloat16 is rounded where transformers rounds it, but for the norm: there the product of x and its weight is
     rounded before the division by rms(x) instead of after it. Without a workspace sums are not split.
     """
     M, K = x_MK.shape
-    N = weight_NK.shape[0] // (2 if gated else 1)
+    N = weight_NK.shape[0] // (2 if pair else 1)
     assert x_MK.is_contiguous() and weight_NK.is_contiguous() and M <= MAX_ROWS
+    assert pair != "block" or (norm is bias_N is None and residual_MN is not None and residual_MN.shape[1] == 2 * N)
     y = torch.empty(M, N, dtype=x_MK.dtype, device=x_MK.device)
     kind = 0 if norm is None else 1 if norm.weight is None else 2
     gain = x_MK if norm is None or norm.weight is None else norm.weight
     eps = 0.0 if norm is None else norm.eps
-    plan = plan or _plan(M, N, K, gated or norm is not None, gated)
-    flags = (kind, gated, bias_N is not None, silu, residual_MN is not None)
+    plan = plan or _plan(M, N, K, pair is not None or norm is not None, pair is not None)
+    flags = (kind, PAIRS[pair], bias_N is not None, silu, residual_MN is not None and pair != "block")
     residual = x_MK if residual_MN is None else residual_MN
     assert residual.stride(1) == 1
     tensors = (x_MK, weight_NK, gain, x_MK if bias_N is None else bias_N, residual, residual.stride(0))

@@ -5,6 +5,7 @@ the kernels cover is a matter of shapes and of which settings are None, both fix
 ``covers_shape`` and ``covers_sampling`` say it, and nothing is decided per step.
 """
 
+import torch
 from torch import Tensor
 
 from redrafter.algorithm.accept import Accepted
@@ -18,7 +19,7 @@ from redrafter.backends.torch.kernels.beam import beam_level, levels, new_pool
 from redrafter.backends.torch.kernels.noise import gumbel
 from redrafter.backends.torch.kernels.pack import MAX_NODES, MAX_POOL, PackedTree, pack
 from redrafter.backends.torch.kernels.state import advance as advance
-from redrafter.backends.torch.kernels.topk import Coupling, tile_tops
+from redrafter.backends.torch.kernels.topk import Coupling
 from redrafter.backends.torch.ops import TorchOps
 from redrafter.params import DecodeConfig
 
@@ -47,7 +48,7 @@ def _padded(size: int) -> int:
 def fast_draft(
     drafter: Drafter, reading: Reading, root_B: Tensor, shape: DecodeConfig, noise: tuple[Tensor, Tensor] | None = None
 ) -> DraftBeams:
-    """``algorithm.beam.draft``; of children with equal scores the lower index wins. Two kernels per depth beside the
+    """``algorithm.beam.draft``; of children with equal scores the lower index wins. One kernel per depth beside the
     drafter's own. ``drafter.logits`` may be float32, bfloat16 or float16."""
     state = drafter.begin(reading)
     logits_BWV = drafter.logits(state)
@@ -55,11 +56,11 @@ def fast_draft(
     last = geometry[-1]
     rows, device = root_B.shape[0], root_B.device
     pool = new_pool(rows, last.offset + last.beams * last.children, device)
+    arrived = torch.zeros(rows, dtype=torch.int32, device=device)
     winners = None
     for level in geometry:
         coupling = None if noise is None else Coupling(noise[0][:, level.depth - 1], noise[1])
-        tops = tile_tops(logits_BWV, level.children, drafter.token_ids, coupling)
-        winners = beam_level(tops, level, pool, winners, drafter.token_ids)
+        winners = beam_level(logits_BWV, level, pool, winners, arrived, drafter.token_ids, coupling)
         if level is not last:
             state = drafter.extend(state, winners.beam, winners.token)
             logits_BWV = drafter.logits(state)

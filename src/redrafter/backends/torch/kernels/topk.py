@@ -1,19 +1,14 @@
 """The best children of every beam straight from the drafter's logits: log-softmax is never written out.
 
-One pass over tiles of the vocabulary leaves each tile's CHILDREN largest scores and its log-sum-exp; the beam kernel
-(``beam.py``) merges tiles. Exact because each of a row's CHILDREN largest scores is among its own tile's.
-
-R = B x W rows, T tiles, V draft vocabulary.
+One pass over tiles of the vocabulary leaves each tile's CHILDREN largest scores and its log-sum-exp; ``beam.py`` merges
+tiles. Exact because each of a row's CHILDREN largest scores is among its own tile's.
 """
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from redrafter.backends.torch.kernels.early import early, start_early
 
 NO_KEY = tl.constexpr(-(2**63))
 """Below every key: marks lanes that hold nothing."""
@@ -24,11 +19,6 @@ class Coupling(NamedTuple):
 
     noise: Tensor  # [B, V_target] float32
     inverse_temperature: Tensor  # [B] float32, 0 for greedy rows, which ignore the noise
-
-
-class TileTops(NamedTuple):
-    keys: Tensor  # [R, T, CHILDREN] int64, see ``order_key``; NO_KEY where a tile has fewer columns
-    log_sum_exp: Tensor  # [R, T] float32
 
 
 @triton.jit
@@ -61,27 +51,13 @@ def safe_maximum(maximum):
 
 
 @triton.jit
-def _tile_tops(
-    logits,
-    noise,
-    inverse_temperature,
-    token_ids,
-    keys,
-    log_sum_exp,
-    vocabulary,
-    row_stride,
-    noise_stride,
-    beams,
-    CHILDREN: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    COUPLED: tl.constexpr,
-    REDUCED: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    start_early(EARLY)
-    row = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
+def scan(
+    row, tile, logits, noise, inverse_temperature, token_ids, keys, log_sum_exp,
+    vocabulary, row_stride, noise_stride, beams, tiles,
+    CHILDREN: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, COUPLED: tl.constexpr, REDUCED: tl.constexpr,
+):  # fmt: skip
+    """One tile of one beam's scores, float32, bfloat16 or float16: ``keys`` [rows, tiles, CHILDREN] of its best, NO_KEY
+    where it has fewer columns, and ``log_sum_exp`` [rows, tiles]. A row is a beam of a request."""
     column = tile * BLOCK + tl.arange(0, BLOCK)
     inside = column < vocabulary
     x = tl.load(logits + row * row_stride + column, mask=inside, other=float("-inf")).to(tl.float32)
@@ -97,7 +73,7 @@ def _tile_tops(
 
     maximum = safe_maximum(tl.max(tl.where(inside, x, float("-inf")), axis=0))
     total = tl.sum(tl.where(inside, tl.exp(x - maximum), 0.0), axis=0)
-    place = row * tl.num_programs(1) + tile
+    place = row * tiles + tile
     tl.store(log_sum_exp + place, tl.log(total) + maximum)
 
     key = tl.where(inside, order_key(x, column), NO_KEY)
@@ -115,38 +91,6 @@ def tile_size(vocabulary: int) -> int:
     return min(max(triton.next_power_of_2(triton.cdiv(vocabulary, 32)), 1024), 4096)
 
 
-def tile_tops(
-    logits_BWV: Tensor, children: int, token_ids: Tensor | None = None, coupling: Coupling | None = None
-) -> TileTops:
-    """Each tile's ``children`` best of float32, bfloat16 or float16 logits whose last axis is dense."""
-    rows, beams, vocabulary = logits_BWV.shape
-    logits_RV = logits_BWV.reshape(rows * beams, vocabulary)
-    assert logits_RV.stride(1) == 1 and children <= vocabulary
-    # Many children of many tiles would take longer to merge than larger tiles take to scan.
-    block = max(tile_size(vocabulary), 2048 if children > 4 else 0)
-    tiles = triton.cdiv(vocabulary, block)
-    keys = torch.empty(rows * beams, tiles, children, dtype=torch.int64, device=logits_BWV.device)
-    log_sum_exp = torch.empty(rows * beams, tiles, dtype=torch.float32, device=logits_BWV.device)
-    noise, inverse = (log_sum_exp, log_sum_exp) if coupling is None else coupling
-    assert noise.stride(-1) == 1
-    _tile_tops[(rows * beams, tiles)](
-        logits_RV,
-        noise,
-        inverse,
-        keys if token_ids is None else token_ids,
-        keys,
-        log_sum_exp,
-        vocabulary,
-        logits_RV.stride(0),
-        noise.stride(0),
-        beams,
-        CHILDREN=children,
-        PADDED=triton.next_power_of_2(children),
-        BLOCK=block,
-        COUPLED=coupling is not None,
-        REDUCED=token_ids is not None,
-        num_warps=block // 512,
-        **early(keys),
-        enable_fp_fusion=False,  # x * inverse + gumbel rounds twice, as in the algorithm
-    )
-    return TileTops(keys, log_sum_exp)
+def block_for(vocabulary: int, children: int) -> int:
+    """Many children of many tiles would take longer to merge than larger tiles take to scan."""
+    return max(tile_size(vocabulary), 2048 if children > 4 else 0)
