@@ -13,10 +13,10 @@ from torch import Tensor
 from redrafter.algorithm.beam import DraftBeams
 from redrafter.algorithm.tree import DEAD, TokenTree
 from redrafter.backends.torch.kernels.early import early, start_early
-from redrafter.backends.torch.kernels.topk import NO_KEY, order_key
+from redrafter.backends.torch.kernels.topk import NO_KEY, key_index, order_key
 
 MAX_NODES = 128  # bits in a node's ancestor words
-MAX_POOL = 4096  # slots that one program ranks
+MAX_POOL = 4096  # slots that one program sorts
 _LIVE = tl.constexpr(DEAD / 2)
 
 
@@ -44,35 +44,27 @@ def _pack(
     NODES: tl.constexpr,
     POOL_P: tl.constexpr,
     NODES_P: tl.constexpr,
-    TILE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     start_early(EARLY)
     row = tl.program_id(0).to(tl.int64)
-    slot = tl.arange(0, POOL_P)
-    exists = slot < POOL
-    at = row * POOL + slot
-    score = tl.load(pool_score + at, mask=exists, other=0.0)
-    key = tl.where(exists, order_key(score, slot), NO_KEY)
-
-    # A slot's rank is the number of better ones: the stable order of the algorithm, without a sort.
-    rank = tl.zeros([POOL_P], tl.int32)
-    for start in range(0, POOL, TILE):
-        rival = start + tl.arange(0, TILE)
-        rival_score = tl.load(pool_score + row * POOL + rival, mask=rival < POOL, other=0.0)
-        rival_key = tl.where(rival < POOL, order_key(rival_score, rival), NO_KEY)
-        rank += tl.sum((rival_key[:, None] > key[None, :]).to(tl.int32), axis=0)
-    tl.store(rank_of + at, rank, mask=exists)
+    place = tl.arange(0, POOL_P)
+    exists = place < POOL
+    score = tl.load(pool_score + row * POOL + place, mask=exists, other=0.0)
+    # Keys are distinct, so the order is the algorithm's stable one. From here on ``place`` is a rank.
+    slot = key_index(tl.sort(tl.where(exists, order_key(score, place), NO_KEY), descending=True))
+    tl.store(rank_of + row * POOL + slot, place, mask=exists)
     tl.debug_barrier()
 
-    slot_above = tl.load(pool_parent + at, mask=exists, other=-1)
-    rank_above = tl.load(rank_of + row * POOL + slot_above, mask=exists & (slot_above >= 0), other=-1)
-    kept = exists & (rank < NODES - 1)
-    to = row * NODES + rank + 1
-    tl.store(tokens + to, tl.load(pool_token + at, mask=exists, other=0), mask=kept)
-    tl.store(depth + to, tl.load(pool_depth + at, mask=exists, other=0), mask=kept)
+    kept = exists & (place < NODES - 1)
+    at = row * POOL + slot
+    slot_above = tl.load(pool_parent + at, mask=kept, other=-1)
+    rank_above = tl.load(rank_of + row * POOL + slot_above, mask=kept & (slot_above >= 0), other=-1)
+    to = row * NODES + place + 1
+    tl.store(tokens + to, tl.load(pool_token + at, mask=kept, other=0), mask=kept)
+    tl.store(depth + to, tl.load(pool_depth + at, mask=kept, other=0), mask=kept)
     tl.store(parent + to, (rank_above + 1).to(tl.int64), mask=kept)
-    tl.store(live + to, (score > _LIVE).to(tl.int8), mask=kept)
+    tl.store(live + to, (tl.load(pool_score + at, mask=kept, other=0.0) > _LIVE).to(tl.int8), mask=kept)
     tl.store(tokens + row * NODES, tl.load(root + row))
     tl.store(depth + row * NODES, row * 0)
     tl.store(parent + row * NODES, row * 0)
@@ -130,7 +122,6 @@ def pack(beams: DraftBeams, root_B: Tensor, tree_size: int) -> PackedTree:
         NODES=nodes,
         POOL_P=padded,
         NODES_P=triton.next_power_of_2(nodes),
-        TILE=128 if padded <= 512 else max(16384 // padded, 4),
         num_warps=4 if padded <= 512 else 16,
         **early(tokens),
     )
