@@ -60,15 +60,15 @@ def rerun(function: Any) -> Any:
     return (lambda: copy_into(results, function())), results
 
 
-def make(kind: str, attention: str = EXACT, rows: int = 3, **config: Any) -> TorchBackend:
+def make(kind: str, attention: str = EXACT, rows: int = 3, context: int = 200, **config: Any) -> TorchBackend:
     torch.manual_seed(0)
     drafter = Drafter(drafter_config(**config))
     if drafter.config.draft_vocabulary:
         drafter.token_ids.copy_(torch.randperm(VOCAB)[: drafter.config.draft_vocabulary].sort().values)
     target = make_target(make_model(attention=attention), drafter.config.feature_layers)
     if kind == "plain":
-        return TorchBackend(target, drafter, 200, {2}, table=drafter.config.cell == "gru")
-    backend = GraphBackend(target, drafter, 200, {2}, record=rerun)
+        return TorchBackend(target, drafter, context, {2}, table=drafter.config.cell == "gru")
+    backend = GraphBackend(target, drafter, context, {2}, record=rerun)
     if rows:
         backend.reserve(rows, 264)
     return backend
@@ -137,17 +137,19 @@ def test_a_graph_serves_every_step_of_its_kind() -> None:
     assert backend.graphs == 0, "the cache moved: graphs that point to it must go"
 
 
-def test_what_is_prepared_lasts_to_the_contexts_end() -> None:
+def test_what_is_prepared_lasts_to_the_contexts_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """No request makes the cache move, which would drop all graphs: here a prompt and an answer that fill it."""
-    plain, recorded = make("plain", FAST), make("graph", KERNEL, rows=0)
+    for module in ("cuda", "prompt"):  # the interpreter takes two minutes for two hundred tokens
+        monkeypatch.setattr(f"redrafter.backends.torch.{module}.LENGTHS", (16,))
+    plain, recorded = make("plain", FAST, context=24), make("graph", KERNEL, rows=0, context=24)
     recorded.prepare(2, [SHAPE, PLAIN])
-    assert (recorded.rows, recorded.slots) == (2, 200 + 128)
-    prompt = [(7 * i) % (VOCAB - 3) + 3 for i in range(190)]
+    assert (recorded.rows, recorded.slots) == (2, 24 + 16)
+    prompt = [(7 * i) % (VOCAB - 3) + 3 for i in range(21)]
     answers = [
         run(Engine(b, SHAPE), prompt, SamplingParams(max_new_tokens=50, ignore_eos=True)) for b in (plain, recorded)
     ]
-    assert answers[0][0] == answers[1][0] and len(answers[0][0]) == 10
-    assert (recorded.rows, recorded.slots) == (2, 200 + 128)
+    assert answers[0][0] == answers[1][0] and len(answers[0][0]) == 3
+    assert (recorded.rows, recorded.slots) == (2, 24 + 16)
 
 
 def test_a_prompt_is_read_as_in_chunks() -> None:
