@@ -27,25 +27,10 @@ class PackedTree(NamedTuple):
 
 @triton.jit
 def _pack(
-    pool_token,
-    pool_parent,
-    pool_depth,
-    pool_score,
-    root,
-    rank_of,
-    tokens,
-    parent,
-    depth,
-    mask,
-    live,
-    ancestors,
-    DRAFT_LENGTH: tl.constexpr,
-    POOL: tl.constexpr,
-    NODES: tl.constexpr,
-    POOL_P: tl.constexpr,
-    NODES_P: tl.constexpr,
+    pool_token, pool_parent, pool_depth, pool_score, root, rank_of, tokens, parent, depth, mask, live, ancestors,
+    DRAFT_LENGTH: tl.constexpr, POOL: tl.constexpr, NODES: tl.constexpr, POOL_P: tl.constexpr, NODES_P: tl.constexpr,
     EARLY: tl.constexpr,
-):
+):  # fmt: skip
     start_early(EARLY)
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, POOL_P)
