@@ -137,7 +137,7 @@ def _merge(
     tl.store(out_score + to, score, mask=wins)
 
 
-@triton.jit(do_not_specialize=["offset", "depth"])
+@triton.jit(do_not_specialize=["offset", "depth"])  # one binary for all depths of one geometry
 def _beam_level(
     logits, noise, inverse_temperature, token_ids, keys, log_sum_exp, vocabulary, row_stride, noise_stride, arrived,
     parent_slot, parent_score, pool_token, pool_parent, pool_depth, pool_score,
