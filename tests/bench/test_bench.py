@@ -146,9 +146,13 @@ def test_where_steps_are_recorded_the_first_batch_runs_in_full_before(arguments,
 
 
 @pytest.mark.parametrize(
-    ("gpu", "runs", "said"), [(False, 2, "8 tokens of the first batch"), (True, 4, "8 tokens of every batch")]
+    ("gpu", "before", "said"),
+    [
+        (False, [8, 8], "8 tokens of the first batch"),
+        (True, [9, 9, 8, 8], "the first batch in full, 8 tokens of every other"),
+    ],
 )
-def test_elsewhere_a_few_tokens_warm_up(arguments, monkeypatch, gpu, runs, said) -> None:
+def test_elsewhere_fewer_tokens_warm_up(arguments, monkeypatch, gpu, before, said) -> None:
     """``gpu``: as MLX's backend is on one. Two prompts, both ways."""
     tokens: list[int] = []
     generate = LLM.generate
@@ -160,7 +164,7 @@ def test_elsewhere_a_few_tokens_warm_up(arguments, monkeypatch, gpu, runs, said)
     monkeypatch.setattr(LLM, "generate", watched)
     monkeypatch.setattr("redrafter.backends.torch.load.TorchBackend.run_ahead", gpu)
     assert main([*arguments, "-q", "--limit", "2"]) == 0
-    assert tokens == [8] * runs + [9] * 4
+    assert tokens == before + [9] * 4
     assert result()["settings"]["warm_up"] == said
     assert result()["batches"][0]["graphs_recorded"] is None
 

@@ -106,19 +106,23 @@ def warm_up_said(llm: LLM, plan: Plan) -> str:
     backend = llm.engine.backend
     if backend.graphs is None:
         few = min(WARM_UP_TOKENS, plan.params.max_new_tokens)
-        return f"{few} tokens of {'every' if backend.run_ahead else 'the first'} batch"
+        if backend.run_ahead:
+            return f"the first batch in full, {few} tokens of every other"
+        return f"{few} tokens of the first batch"
     return f"the first batch in full until no new graph is recorded, at most {WARM_UP_RUNS} times"
 
 
 def _warm_up(llm: LLM, batches: list[list[BenchPrompt]], plan: Plan) -> None:
     """Both ways. Where steps are recorded, a recording takes as long as a hundred steps, and one is due for every few
-    rows that leave: a whole batch shows them all. A GPU without recordings compiles what a prompt's length needs."""
+    rows that leave: a whole batch shows them all. A GPU without recordings compiles what a prompt's length needs,
+    and what a longer answer does."""
     backend, ways = llm.engine.backend, (False, True) if plan.plain else (True,)
     if backend.graphs is None:
         few = replace(plan.params, max_new_tokens=min(WARM_UP_TOKENS, plan.params.max_new_tokens))
-        for batch in batches if backend.run_ahead else batches[:1]:
+        for number, batch in enumerate(batches if backend.run_ahead else batches[:1]):
+            params = few if number or not backend.run_ahead else plan.params
             for speculation in ways:
-                run_batch(llm, batch, settings_of(few, 0, len(batch)), speculation)
+                run_batch(llm, batch, settings_of(params, 0, len(batch)), speculation)
     else:
         for _ in range(WARM_UP_RUNS):
             before = backend.graphs
@@ -127,7 +131,9 @@ def _warm_up(llm: LLM, batches: list[list[BenchPrompt]], plan: Plan) -> None:
             if backend.graphs == before:
                 break
     if plan.baseline is not None:
-        plan.baseline.run(llm.encode(batches[0][0].prompt), WARM_UP_TOKENS)
+        in_full = backend.graphs is None and backend.run_ahead
+        tokens = plan.params.max_new_tokens if in_full else WARM_UP_TOKENS
+        plan.baseline.run(llm.encode(batches[0][0].prompt), tokens)
 
 
 def settings_of(params: SamplingParams, first: int, count: int) -> list[SamplingParams]:
