@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from redrafter.backends.mlx.attention import GatedMLP, joined, plus, rotate
+from redrafter.backends.mlx.attention import GatedMLP, adding, joined, rotate
 from redrafter.drafter_config import DrafterConfig
 from redrafter.drafter_files import (
     AGAIN,
@@ -77,23 +77,24 @@ class TrunkLayer(nn.Module):
         """One product for queries, keys and values, and one for gate and up. Once, when the weights are final."""
         if self.heads:
             self._qkv = joined([self.q_proj, self.k_proj, self.v_proj])
-        self._gated = GatedMLP(self)
+            self._plus_out = adding(self.o_proj)
+        self._gated, self._plus_down = GatedMLP(self), adding(self.down_proj)
 
-    def attend(self, x: mx.array, offset: mx.array, mask: mx.array, store: Store, layer: int) -> mx.array:
-        rows, length, _ = x.shape
-        y = self._qkv(rms(x)).reshape(rows, length, -1, self.head_width)
-        y = rotate(rope, y, offset)
+    def attend(self, x: mx.array, rows: int, offset: mx.array, mask: mx.array, store: Store, layer: int) -> mx.array:
+        y = rotate(rope, self._qkv(rms(x)), offset, self.head_width)
+        y = y.reshape(rows, x.shape[0] // rows, -1, self.head_width)
         keys, values = store(layer, y[:, :, self.heads :])
         q, scale = y[:, :, : self.heads].transpose(0, 2, 1, 3), self.head_width**-0.5
         seen = mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask)
-        return plus(x, self.o_proj, seen.transpose(0, 2, 1, 3).reshape(rows, length, -1))
+        return self._plus_out(x, seen.transpose(0, 2, 1, 3).reshape(x.shape[0], -1))
 
     def __call__(
-        self, x: mx.array, offset: mx.array | None, mask: mx.array | None, store: Store | None, layer: int
+        self, x: mx.array, rows: int, offset: mx.array | None, mask: mx.array | None, store: Store | None, layer: int
     ) -> mx.array:
+        """[B T, D] of B ``rows``."""
         if offset is not None and mask is not None and store is not None:
-            x = self.attend(x, offset, mask, store, layer)
-        return plus(x, self.down_proj, self._gated(rms(x)))
+            x = self.attend(x, rows, offset, mask, store, layer)
+        return self._plus_down(x, self._gated(rms(x)))
 
 
 class Trunk(nn.Module):
@@ -109,9 +110,11 @@ class Trunk(nn.Module):
         ]
 
     def __call__(self, x: mx.array, offset: mx.array | None, mask: mx.array | None, store: Store | None) -> mx.array:
+        rows, pairs, _ = x.shape
+        x = x.reshape(rows * pairs, -1)
         for index, layer in enumerate(self.layers):
-            x = layer(x, offset, mask, store, index)
-        return x
+            x = layer(x, rows, offset, mask, store, index)
+        return x.reshape(rows, pairs, -1)
 
     def visible(self, query_BT: mx.array, key_BS: mx.array) -> mx.array:
         """[B, 1, T, S] bool: which positions a query sees: its own and the ``window - 1`` before it."""

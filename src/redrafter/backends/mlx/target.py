@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from redrafter.algorithm.accept import Accepted
 from redrafter.algorithm.tree import TokenTree
-from redrafter.backends.mlx.attention import Attention, GatedMLP, plus
+from redrafter.backends.mlx.attention import Attention, GatedMLP, adding
 from redrafter.backends.mlx.kv_cache import KVCache, on_cuda
 from redrafter.backends.mlx.ops import counting
 from redrafter.errors import UnsupportedModel
@@ -52,7 +52,10 @@ class MLXTarget:
             side_by_side = on_cuda()
         self.steady = side_by_side
         """whether a prompt's shapes are to repeat"""
-        self._layers = [(Attention(layer.self_attn, side_by_side), GatedMLP(layer.mlp)) for layer in layers]
+        self._layers = [
+            (Attention(x.self_attn, side_by_side), adding(x.self_attn.o_proj), GatedMLP(x.mlp), adding(x.mlp.down_proj))
+            for x in layers
+        ]
 
     @property
     def dtype(self) -> str:
@@ -115,19 +118,20 @@ class MLXTarget:
         """Last hidden states [B, N, D] and features [B, N, F] of the tokens, whose keys and values go where the cache
         was told. ``visible_BNS``: None where all slots are."""
         body = self.model.model
-        x = body.embed_tokens(ids_BN)
+        x = body.embed_tokens(ids_BN.reshape(-1))
         attention = self._layers[0][0]
         offset = attention.offsets(position_BN)
         mask = None if visible_BNS is None else attention.mask(visible_BNS, x.dtype)
         kept = {}
-        for index, (layer, (attend, mlp)) in enumerate(zip(body.layers, self._layers, strict=True)):
-            seen = attend(layer.input_layernorm(x), offset, mask, self.cache, index)
-            x = plus(x, layer.self_attn.o_proj, seen)
-            x = plus(x, layer.mlp.down_proj, mlp(layer.post_attention_layernorm(x)))
+        for index, (layer, parts) in enumerate(zip(body.layers, self._layers, strict=True)):
+            attend, plus_out, mlp, plus_down = parts
+            x = plus_out(x, attend(layer.input_layernorm(x), offset, mask, self.cache, index))
+            x = plus_down(x, mlp(layer.post_attention_layernorm(x)))
             if index in self.feature_layers:
                 kept[index] = x
-        parts = [body.norm(x), *(kept[index] for index in self.feature_layers)]
-        return parts[0], mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+        last, whole = body.norm(x), [kept[index] for index in self.feature_layers]
+        features = mx.concatenate([last, *whole], axis=-1) if whole else last
+        return last.reshape(*ids_BN.shape, -1), features.reshape(*ids_BN.shape, -1)
 
 
 def check_architecture(model: Any) -> None:
