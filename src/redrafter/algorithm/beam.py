@@ -75,14 +75,15 @@ def draft(
         children = max(shape.branching, shape.beam_width) if depth == 1 else shape.branching
         children = min(children, logits_BWV.shape[-1])
         best_BWK, index_BWK = ops.top_k(logits_BWV, children)
-        child_BWK = best_BWK - ops.logsumexp(logits_BWV) + score_BW[:, :, None]
+        above_BW1 = score_BW[:, :, None]
+        child_BWK = best_BWK - ops.logsumexp(logits_BWV) + above_BW1
         # Rounding may lift a child over its parent, and a broken drafter may say NaN: neither may reorder the tree.
-        child_BWK = ops.where(child_BWK <= score_BW[:, :, None], child_BWK, score_BW[:, :, None])
+        child_BWK = ops.where(child_BWK <= above_BW1, child_BWK, above_BW1)
         beams = child_BWK.shape[1]
         child_BC, token_BC = child_BWK.reshape(rows, -1), index_BWK.reshape(rows, -1)
         if drafter.token_ids is not None:
             token_BC = drafter.token_ids[token_BC]
-        parent_BC = (slot_BW[:, :, None] + 0 * index_BWK).reshape(rows, -1)
+        parent_BC = (slot_BW[:, :, None] + ops.full((rows, beams, children), 0, like=root_B)).reshape(rows, -1)
         pool.append((token_BC, parent_BC, ops.full((rows, beams * children), depth, like=root_B), child_BC))
         width = min(shape.beam_width, beams * children)
         score_BW, winner_BW = ops.top_k(child_BC, width)

@@ -18,9 +18,12 @@ CHUNK = 128
 
 
 @lru_cache(maxsize=1024)
-def counting(n: int) -> mx.array:
-    """[n] int32: 0, 1, 2 .. Computed once: in a compiled step it is a constant and no launch."""
+def counting(n: int, width: int = 0) -> mx.array:
+    """[n] int32: 0, 1, 2 .., or so in rows of ``width``. Computed once: in a compiled step it is a constant and no
+    launch."""
     numbers = mx.arange(n, dtype=mx.int32)
+    if width:
+        numbers = numbers.reshape(-1, width)
     mx.eval(numbers)
     return numbers
 
@@ -76,7 +79,7 @@ class MLXOps:
             low = mx.concatenate([low, constant((*x.shape[:-1], rest), mx.inf, x.dtype)], axis=-1)
         parts = low.reshape(*x.shape[:-1], -1, CHUNK)
         best = mx.sort(ascending(parts.min(axis=-1))[..., :k], axis=-1)
-        index = (best[..., None] * CHUNK + counting(CHUNK)).reshape(*x.shape[:-1], k * CHUNK)
+        index = counting(parts.shape[-2] * CHUNK, CHUNK)[best].reshape(*x.shape[:-1], k * CHUNK)
         candidates = mx.take_along_axis(parts, best[..., None], axis=-2).reshape(*x.shape[:-1], k * CHUNK)
         order = ascending(candidates)[..., :k]
         return -mx.take_along_axis(candidates, order, axis=-1), mx.take_along_axis(index, order, axis=-1)
