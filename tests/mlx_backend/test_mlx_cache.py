@@ -101,3 +101,15 @@ def test_a_commit_copies_no_keys() -> None:
     cache.keep_path(mx.array([9, 5], dtype=mx.int32), mx.array(PATHS, dtype=mx.int32))
     mx.eval(cache.arrays, seen)
     assert mx.get_peak_memory() - before < cache.layers[0].nbytes / 2
+
+
+def test_a_write_to_all_rows_is_one_to_some_of_them() -> None:
+    """They take different operations."""
+    slots, tokens = mx.array([[5, 0, 9], [1, 2, 38]], dtype=mx.int32), [[7, 8, 9], [3, 2, 1]]
+    stored = []
+    for rows in (2, 3):
+        cache = KVCache(2, 1, 2, mx.float32)
+        cache.reserve(rows, 40)
+        write(cache, 0, slots, tokens)
+        stored.append(mx.stack(cache.layers)[:, :2])
+    assert mx.array_equal(*stored).item() and stored[0][1, 1, 38, 0, 0].item() == 101
