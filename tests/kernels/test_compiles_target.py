@@ -67,7 +67,7 @@ def test_streams_and_early_starts_compile(done: list[str], monkeypatch: pytest.M
     """The interpreter does not know early starts: that they compile is their test here."""
     monkeypatch.setattr(early, "_hopper", lambda device: True)
     x, weight = torch.zeros(1, 2048, dtype=torch.bfloat16), torch.zeros(4096, 2048, dtype=torch.bfloat16)
-    matmul.few_rows(x, weight, norm=matmul.Norm(x[0], 1e-5), pair="gated")
+    matmul.few_rows(x, weight, norm=matmul.Norm(x[0], 1e-5), gated=True)
     rooms, many = matmul.Workspace(x.device, 1 << 20), torch.zeros(64, 2048, dtype=torch.bfloat16)
     n = stream.scaled(many, (x[0], 1e-5))
     stream.stream(n, weight, gated=True, workspace=rooms)

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be tested")
 
-from redrafter.backends.torch.kernels.matmul import Norm, Workspace, _Plan, few_rows, gru_step
+from redrafter.backends.torch.kernels.matmul import Norm, Workspace, _Plan, few_rows
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -38,17 +38,8 @@ def test_gated(rows: int) -> None:
     x, w = random(rows, 72, seed=1), random(80, 72, seed=2)
     gain = random(72, seed=5)
     gate, up = F.linear(F.rms_norm(x, (72,), gain, 1e-5), w).chunk(2, -1)
-    y = few_rows(x, w, norm=Norm(gain, 1e-5), pair="gated")
+    y = few_rows(x, w, norm=Norm(gain, 1e-5), gated=True)
     torch.testing.assert_close(y, F.silu(gate) * up, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize("shared", [True, False])
-def test_residual_block(rows: int, shared: bool) -> None:
-    x, w, r = random(rows, 72, seed=1), random(80, 72, seed=2), random(1 if shared else rows, 80, seed=3)
-    a, b = (F.linear(x, w) + r).chunk(2, -1)
-    y = few_rows(x, w, residual_MN=r.expand(rows, 80), pair="block")
-    torch.testing.assert_close(y, a + F.silu(b), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("split", [2, 4])
@@ -66,28 +57,5 @@ def test_half_precision_rounds_where_torch_does(rows: int) -> None:
     # Not bfloat16: triton's interpreter neither rounds nor multiplies it as a GPU does.
     x, w = random(rows, 64, seed=1, dtype=torch.float16), random(64, 64, seed=2, dtype=torch.float16)
     gate, up = F.linear(x, w).chunk(2, -1)
-    y = few_rows(x, w, pair="gated")
+    y = few_rows(x, w, gated=True)
     assert (y == F.silu(gate) * up).float().mean() > 0.9
-
-
-def gru(table: torch.Tensor, index: torch.Tensor, old: torch.Tensor, u: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    r_w, z_w, n_w = table[index].chunk(3, -1)
-    r_u, z_u, n_u = F.linear(old, u, b).chunk(3, -1)
-    z = torch.sigmoid(z_w + z_u)
-    return (1 - z) * torch.tanh(n_w + torch.sigmoid(r_w + r_u) * n_u) + z * old
-
-
-@pytest.mark.parametrize("rows", [1, 3])
-def test_gru_step(rows: int) -> None:
-    table, state, u, b = random(11, 120, seed=1), random(rows, 3, 40, seed=2), random(120, 40, seed=3), random(120)
-    index, parent = torch.tensor([[10, 0, 3, 3]] * rows), torch.tensor([[2, 0, 0, 1], [1, 2, 2, 0], [0, 0, 2, 1]])
-    parent, index = parent[:rows], (index + torch.arange(rows)[:, None]) % 11
-    expected = gru(table, index, state[torch.arange(rows)[:, None], parent], u, b)
-    torch.testing.assert_close(gru_step(table, index, state, parent, u, b), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_gru_step_of_the_same_beams() -> None:
-    table, state, u, b = random(11, 120, seed=1), random(3, 1, 40, seed=2), random(120, 40, seed=3), random(120, seed=4)
-    tokens = torch.tensor([[1, 2, 9], [1, 2, 0], [1, 2, 5]])[:, -1:]
-    expected = gru(table, tokens, state, u, b)
-    torch.testing.assert_close(gru_step(table, tokens, state, None, u, b), expected, rtol=1e-5, atol=1e-5)

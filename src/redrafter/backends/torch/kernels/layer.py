@@ -145,7 +145,7 @@ class FusedCudaLayer(nn.Module):
         workspace = self._workspace
         y = attend(few_rows(x, self.qkv, self.qkv_bias, norm=Norm(self.input_gain, self._input_eps)))
         x = few_rows(y, self.out, self.out_bias, residual_MN=x, workspace=workspace)
-        h = few_rows(x, self.gate_up, norm=Norm(self.mlp_gain, self._mlp_eps), pair="gated")
+        h = few_rows(x, self.gate_up, norm=Norm(self.mlp_gain, self._mlp_eps), gated=True)
         return few_rows(h, self.down, self.down_bias, residual_MN=x, workspace=workspace)
 
     def _few(self, x: Tensor, attend: Any) -> Tensor:

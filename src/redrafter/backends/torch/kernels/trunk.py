@@ -123,6 +123,6 @@ class LastContext:
         y = window_attention((q, k, v), (keys, values), reading.first.contiguous(), window, self._rotation, count_B)
         x = x_MC.view(rows, pairs, -1)[:, -1]
         x = few_rows(y.view(rows, -1), self._layer.o_proj.weight, residual_MN=x)
-        inner = few_rows(x, self._gate_up, norm=Norm(None, EPS), pair="gated")
+        inner = few_rows(x, self._gate_up, norm=Norm(None, EPS), gated=True)
         x = few_rows(inner, self._layer.down_proj.weight, residual_MN=x)
         return add_rms_norm(x, None, self._ones, EPS)[1]

@@ -138,6 +138,8 @@ def window_attention(
     queries = pairs if count_B is None else 1
     out = empty(rows, heads, queries, width, dtype=query.dtype, device=query.device)
     group = heads // kv_heads
+    # Few programs, each of which waits for its blocks one after the other: fewer, larger ones where they fit.
+    large = query.element_size() == 2 and width <= 64
     _window_attention[(rows, kv_heads)](
         query, new_keys, new_values, keys, values, cos, sin, first_B, first_B if count_B is None else count_B, out,
         width**-0.5, slots, IDLE,
@@ -145,7 +147,8 @@ def window_attention(
         PAIRS=pairs, KV_HEADS=kv_heads, GROUP=group, D=width, WINDOW=window,
         QUERIES=queries, ROTATE=rotation is not None, LAST=count_B is not None,
         PAIRS_P=triton.next_power_of_2(pairs), D_P=max(16, triton.next_power_of_2(width)),
-        BM=max(16, triton.next_power_of_2(queries * group)), BN=64,
-        PRECISION="ieee" if query.dtype == float32 else "tf32", num_warps=4, num_stages=2, **early(out),
+        BM=max(16, triton.next_power_of_2(queries * group)), BN=256 if large else 64,
+        PRECISION="ieee" if query.dtype == float32 else "tf32", num_warps=8 if large else 4,
+        num_stages=1 if large else 2, **early(out),
     )  # fmt: skip
     return out
