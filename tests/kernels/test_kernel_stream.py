@@ -11,6 +11,7 @@ from redrafter.backends.torch.kernels.matmul import Workspace
 from redrafter.backends.torch.kernels.stream import Cut, Scaled, fits, plan, scaled, stream
 
 CUT = Cut(32, 32, 1, 4, 2)
+X_FIRST = CUT._replace(x_first=True)
 
 
 def random(*shape: int, seed: int) -> torch.Tensor:
@@ -27,11 +28,12 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("rows", [2, 17, 64])
-@pytest.mark.parametrize("split", [1, 2, 3])
-def test_a_product_with_all_around_it_and_the_norm_behind_it(rows: int, split: int, workspace: Workspace) -> None:
+@pytest.mark.parametrize(
+    "cut", [*(CUT._replace(split=split) for split in (1, 2, 3)), X_FIRST, X_FIRST._replace(split=2)]
+)
+def test_a_product_with_all_around_it_and_the_norm_behind_it(rows: int, cut: Cut, workspace: Workspace) -> None:
     x, w, b, r = random(rows, 136, seed=1), random(72, 136, seed=2), random(72, seed=3), random(rows, 72, seed=4)
     gain, first = random(72, seed=5), random(136, seed=6)
-    cut = CUT._replace(split=split)
     y, behind = stream(scaled(x, (first, 1e-5)), w, b, residual_MN=r, norm=(gain, 1e-4), workspace=workspace, cut=cut)
     expected = r + F.linear(F.rms_norm(x, (136,), first, 1e-5), w, b)
     close(y, expected)
@@ -45,10 +47,11 @@ def test_a_product_with_all_around_it_and_the_norm_behind_it(rows: int, split: i
 
 
 @pytest.mark.parametrize("rows", [2, 33])
-def test_gated(rows: int, workspace: Workspace) -> None:
+@pytest.mark.parametrize("cut", [CUT, X_FIRST])
+def test_gated(rows: int, cut: Cut, workspace: Workspace) -> None:
     x, w, gain = random(rows, 136, seed=1), random(80, 136, seed=2), random(136, seed=3)
     gate, up = F.linear(F.rms_norm(x, (136,), gain, 1e-5), w).chunk(2, -1)
-    y, behind = stream(scaled(x, (gain, 1e-5)), w, gated=True, workspace=workspace, cut=CUT)
+    y, behind = stream(scaled(x, (gain, 1e-5)), w, gated=True, workspace=workspace, cut=cut)
     close(y, F.silu(gate) * up)
     assert behind is None
 

@@ -12,6 +12,8 @@ pytest.importorskip("triton", reason="triton is not installed: its kernels canno
 from redrafter.backends.torch.kernels.beam import Level, Winners, beam_level, new_pool
 from redrafter.backends.torch.kernels.topk import Coupling, tile_size
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
 
 def children_of(
     logits: Tensor, children: int, ids: Tensor | None = None, coupling: Coupling | None = None
@@ -40,19 +42,21 @@ def check(logits: Tensor, children: int, exact: Tensor | None = None) -> None:
 
 @pytest.mark.parametrize("vocabulary", [3, 1024, 1025, 5000])
 @pytest.mark.parametrize("children", [1, 3, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_random_rows(vocabulary: int, children: int, dtype: torch.dtype, device: torch.device) -> None:
     check(random(2, 3, vocabulary, seed=vocabulary, scale=3).to(device, dtype), min(children, vocabulary))
 
 
-def test_ties_go_to_the_lowest_index_across_tiles(device: torch.device) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ties_go_to_the_lowest_index_across_tiles(dtype: torch.dtype, device: torch.device) -> None:
     logits = torch.zeros(1, 2, 3000, device=device)
     logits[0, 1] = random(3000, seed=1).round().to(device)
     logits[0, 0, 5] = -0.0  # equal to zero
-    check(logits, 8)
+    check(logits.to(dtype), 8)
 
 
-def test_infinities_and_nan(device: torch.device) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinities_and_nan(dtype: torch.dtype, device: torch.device) -> None:
     logits = random(1, 6, 2100, seed=4).to(device)
     logits[0, 0, 2000] = torch.nan
     logits[0, 1, 7] = torch.inf
@@ -60,7 +64,8 @@ def test_infinities_and_nan(device: torch.device) -> None:
     logits[0, 3] = -torch.inf
     logits[0, 4] = torch.nan
     logits[0, 5, 3:1500] = -torch.nan
-    exact = torch.where(logits.isnan(), torch.nan, logits)
+    logits = logits.to(dtype)
+    exact = torch.where(logits.isnan(), torch.nan, logits.float())
     # torch's sort and the kernel agree that NaN is the largest; what it leaves open is only the order among NaN.
     check(logits, 6, exact)
 

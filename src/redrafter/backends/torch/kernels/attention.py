@@ -180,8 +180,8 @@ def plan_attention(query_BHNd: Tensor, keys_BHSd: Tensor) -> AttentionPlan:
     # One text of SmolLM2 (3 KV heads of 64), 64 nodes over 320 slots: 7.9 us with tiles of 64 rows, 6.7 with 16.
     lone = padded <= 64 and rows * kv_heads <= 8
     tile = 16 if exact or lone else min(64, max(16, triton.next_power_of_2(wanted)))
-    # A third stage is faster alone (heads of 128: 12.0 -> 11.4 us); plain steps with it were slower (docs/log.md).
-    return AttentionPlan(tile, block, parts, triton.cdiv(wanted, tile), 8 if exact or padded > 128 else 4, 2)
+    warps = 8 if exact or padded > 64 else 4
+    return AttentionPlan(tile, block, parts, triton.cdiv(wanted, tile), warps, 3 if tile == 64 and padded == 128 else 2)
 
 
 def tree_attention(

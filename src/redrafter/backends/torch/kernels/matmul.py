@@ -170,7 +170,7 @@ def _plan(M: int, N: int, K: int, whole: bool, gated: bool) -> _Plan:
             if gated:
                 return _Plan(4, 1024, 1, 4, 1)
             return _Plan(2, 2048, 1, 8, 1) if N > 8192 else _Plan(1, 1024, 1, 8, 1)
-        return _Plan(4, min(1024, triton.next_power_of_2(K)), 1, 4, 1)
+        return _Plan(4, triton.next_power_of_2(K), 1, 4, 1)
     if K < 2048:
         if M <= 16 and N <= 4096:
             return _Plan(16, 128, 1, 4, 4)

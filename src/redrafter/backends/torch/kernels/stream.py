@@ -41,13 +41,17 @@ class Scaled(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """How a launch is cut: columns and depth of a block, parts of K that are summed, warps, blocks on their way."""
+    """How a launch is cut: columns and depth of a block, parts of K that are summed, warps, blocks on their way.
+
+    A tensor core multiplies 64 rows by any multiple of 8. Those 64 are weight rows, or if ``x_first`` rows of x, which
+    allows blocks of fewer weight rows: enough programs for every multiprocessor without parts to be added up."""
 
     BN: int
     BK: int
     split: int
     warps: int
     stages: int
+    x_first: bool = False
 
 
 def plan(M: int, N: int, K: int, gated: bool) -> Cut:
@@ -59,13 +63,15 @@ def plan(M: int, N: int, K: int, gated: bool) -> Cut:
         if gated:
             return Cut(64, 128, 1, 4, 4) if few else Cut(16, 128, 1, 2, 4)
         return Cut(16, 256 if few else 128, 1, 2, 4)
+    if N < 2048 and not gated:
+        return Cut(32, 256, 4, 4, 4, x_first=not few)
     if gated:
-        return Cut(128, 128, 1, 4, 3) if few else Cut(128, 64, 1, 4, 4)
+        return Cut(128, 128, 1, 4, 3) if few else Cut(64, 64, 1, 4, 4, x_first=True)
     if N > 8192:
-        return Cut(64, 128, 1, 4, 4) if few else Cut(128, 128, 1, 8, 4)
+        return Cut(64, 128, 1, 4, 4) if few else Cut(128, 128, 1, 8, 4, x_first=True)
     if few:
         return Cut(64, 256, 1, 4, 4) if K <= 4096 else Cut(32, 256, 1, 4, 6)
-    return Cut(64, 128, 1, 4, 6)
+    return Cut(32, 256, 1, 4, 4, x_first=True)
 
 
 @triton.jit
@@ -78,7 +84,7 @@ def _stream(
     x, w, squares, bias, residual, gain, y, scaled, squares_out, partial, arrived, M, tiles, eps,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
     TILES_P: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    SCALED: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr, X_FIRST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program multiplies BN weight rows with all of x over one of SPLIT parts of K; the last one to arrive adds the
     parts in their order, so that the sum does not depend on who is last."""
@@ -90,15 +96,27 @@ def _stream(
         t = tl.arange(0, TILES_P)
         read = (t < tiles)[:, None] & (m < M)[None, :]
         sums = tl.load(squares + t[:, None] * M + m[None, :], mask=read, other=0.0)
-    acc = tl.zeros((BN, BM), tl.float32)
-    up = tl.zeros((BN, BM), tl.float32)
     steps: tl.constexpr = ((K + BK - 1) // BK + SPLIT - 1) // SPLIT
-    for step in range(steps):
-        k = (part * steps + step) * BK
-        v = tl.trans(x.load([0, k]))
-        acc = tl.dot(w.load([tile * BN, k]), v, acc, input_precision=PRECISION)
-        if GATED:
-            up = tl.dot(w.load([N + tile * BN, k]), v, up, input_precision=PRECISION)
+    first = part * steps * BK
+    if X_FIRST:
+        acc = tl.zeros((BM, BN), tl.float32)
+        up = tl.zeros((BM, BN), tl.float32)
+        for step in range(steps):
+            k = first + step * BK
+            v = x.load([0, k])
+            acc = tl.dot(v, tl.trans(w.load([tile * BN, k])), acc, input_precision=PRECISION)
+            if GATED:
+                up = tl.dot(v, tl.trans(w.load([N + tile * BN, k])), up, input_precision=PRECISION)
+        acc, up = tl.trans(acc), tl.trans(up)
+    else:
+        acc = tl.zeros((BN, BM), tl.float32)
+        up = tl.zeros((BN, BM), tl.float32)
+        for step in range(steps):
+            k = first + step * BK
+            v = tl.trans(x.load([0, k]))
+            acc = tl.dot(w.load([tile * BN, k]), v, acc, input_precision=PRECISION)
+            if GATED:
+                up = tl.dot(w.load([N + tile * BN, k]), v, up, input_precision=PRECISION)
     n = tile * BN + tl.arange(0, BN)
     place = n.to(tl.int64)[:, None] + m[None, :] * N
     live = (n < N)[:, None] & (m < M)[None, :]
@@ -172,7 +190,7 @@ def stream(
         workspace.partial, workspace.arrived, M, tiles_in, x.eps if isinstance(x, Scaled) else 0.0,
         N, K, BM, cut.BN, cut.BK, cut.split, max(1, triton.next_power_of_2(tiles_in)), isinstance(x, Scaled), gated,
         bias_N is not None, residual_MN is not None, behind is not None,
-        "ieee" if values.dtype == torch.float32 else "tf32",
+        "ieee" if values.dtype == torch.float32 else "tf32", cut.x_first,
         num_warps=cut.warps, num_stages=cut.stages, **early(y, weight.nbytes <= EARLY_BYTES),
     )  # fmt: skip
     return y, behind

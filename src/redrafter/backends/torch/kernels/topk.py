@@ -12,6 +12,7 @@ from torch import Tensor
 
 NO_KEY = tl.constexpr(-(2**63))
 """Below every key: marks lanes that hold nothing."""
+_NO_SHORT_KEY = tl.constexpr(-(2**31))
 
 
 class Coupling(NamedTuple):
@@ -45,6 +46,23 @@ def key_index(key):
 
 
 @triton.jit
+def _short_key(x, place):
+    """int32 keys that sort as ``order_key`` does, of 16-bit numbers and places below 2^16."""
+    value = x.to(tl.float32)
+    bits = tl.where(value == 0.0, 0, x.to(tl.int16, bitcast=True).to(tl.int32))
+    bits = tl.where(value != value, 0x7FFF, bits)
+    return (tl.where(bits < 0, bits ^ 0x7FFF, bits) << 16) | (0xFFFF - place)
+
+
+@triton.jit
+def _long_key(short, start, dtype: tl.constexpr):
+    """``order_key`` of what a short key holds, its place counted from ``start`` on."""
+    bits = short >> 16
+    x = tl.where(bits < 0, bits ^ 0x7FFF, bits).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return order_key(x, start + (0xFFFF - (short & 0xFFFF)))
+
+
+@triton.jit
 def safe_maximum(maximum):
     """What log-sum-exp may subtract: inf - inf would be NaN where torch says inf."""
     return tl.where((maximum == float("inf")) | (maximum == float("-inf")), 0.0, maximum)
@@ -60,7 +78,8 @@ def scan(
     where it has fewer columns, and ``log_sum_exp`` [rows, tiles]. A row is a beam of a request."""
     column = tile * BLOCK + tl.arange(0, BLOCK)
     inside = column < vocabulary
-    x = tl.load(logits + row * row_stride + column, mask=inside, other=float("-inf")).to(tl.float32)
+    logit = tl.load(logits + row * row_stride + column, mask=inside, other=float("-inf"))
+    x = logit.to(tl.float32)
     if COUPLED:
         batch_row = row // beams
         # Splat before comparing: the interpreter cannot splat a bool.
@@ -76,13 +95,22 @@ def scan(
     place = row * tiles + tile
     tl.store(log_sum_exp + place, tl.log(total) + maximum)
 
-    key = tl.where(inside, order_key(x, column), NO_KEY)
     child = tl.arange(0, PADDED)
-    best = tl.full([PADDED], NO_KEY, tl.int64)
-    for i in range(CHILDREN):
-        top = tl.max(key, axis=0)
-        best = tl.where(child == i, top, best)
-        key = tl.where(key == top, NO_KEY, key)
+    if COUPLED or logits.dtype.element_ty == tl.float32:
+        key = tl.where(inside, order_key(x, column), NO_KEY)
+        best = tl.full([PADDED], NO_KEY, tl.int64)
+        for i in range(CHILDREN):
+            top = tl.max(key, axis=0)
+            best = tl.where(child == i, top, best)
+            key = tl.where(key == top, NO_KEY, key)
+    else:  # keys of half the length, which a warp compares in one instruction
+        short = tl.where(inside, _short_key(logit, tl.arange(0, BLOCK)), _NO_SHORT_KEY)
+        shorts = tl.full([PADDED], _NO_SHORT_KEY, tl.int32)
+        for i in range(CHILDREN):
+            top = tl.max(short, axis=0)
+            shorts = tl.where(child == i, top, shorts)
+            short = tl.where(short == top, _NO_SHORT_KEY, short)
+        best = tl.where(shorts == _NO_SHORT_KEY, NO_KEY, _long_key(shorts, tile * BLOCK, logits.dtype.element_ty))
     tl.store(keys + place * CHILDREN + child, best, mask=child < CHILDREN)
 
 

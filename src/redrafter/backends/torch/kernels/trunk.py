@@ -19,8 +19,10 @@ from torch.nn import functional as F
 from redrafter.algorithm.beam import Reading
 from redrafter.backends.torch.drafter import Drafter
 from redrafter.backends.torch.kernels.early import early, start_early
-from redrafter.backends.torch.kernels.matmul import MAX_ROWS, Norm, few_rows
+from redrafter.backends.torch.kernels.matmul import MAX_ROWS, Norm, Workspace, few_rows
 from redrafter.backends.torch.kernels.norms import add_rms_norm
+from redrafter.backends.torch.kernels.stream import MAX_ROWS as STREAM_ROWS
+from redrafter.backends.torch.kernels.stream import fits, stream
 from redrafter.backends.torch.kernels.window import MAX_PAIRS, Rotation, window_attention
 from redrafter.backends.torch.trunk import rotary
 
@@ -92,6 +94,8 @@ class LastContext:
         self._width = config.width // config.trunk_heads
         self._ones = torch.ones(config.width, dtype=self._qkv.dtype, device=self._qkv.device)
         self._rotation: Rotation | None = None
+        self._workspace = Workspace(self._qkv.device, floats=1 << 19, counters=256)
+        self._streams = fits(drafter.fuse.weight)
 
     @staticmethod
     def exists(drafter: Drafter) -> bool:
@@ -111,7 +115,7 @@ class LastContext:
         """[B, C]. Pairs past the count repeat the last one, so the last pair is also the one at T - 1."""
         assert self._rotation is not None, "allocate() comes first"
         rows, pairs = reading.tokens.shape
-        x_MC = self._drafter.fuse(scaled_parts(reading.features, reading.tokens, self._embedding))
+        x_MC = self._fused(scaled_parts(reading.features, reading.tokens, self._embedding))
         if rows * pairs <= MAX_ROWS:
             qkv = few_rows(x_MC, self._qkv, norm=Norm(None, EPS))
         else:
@@ -126,3 +130,9 @@ class LastContext:
         inner = few_rows(x, self._gate_up, norm=Norm(None, EPS), gated=True)
         x = few_rows(inner, self._layer.down_proj.weight, residual_MN=x)
         return add_rms_norm(x, None, self._ones, EPS)[1]
+
+    def _fused(self, x_MK: Tensor) -> Tensor:
+        if self._streams and 1 < len(x_MK) <= STREAM_ROWS:
+            return stream(x_MK, self._drafter.fuse.weight, workspace=self._workspace)[0]
+        out: Tensor = self._drafter.fuse(x_MK)
+        return out
