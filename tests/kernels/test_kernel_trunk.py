@@ -123,6 +123,14 @@ def test_what_is_not_covered_takes_the_eager_path(config: dict[str, Any], pairs:
     assert_same_start(eager, fast, reading)
 
 
+def test_in_16_bits_the_first_product_is_the_modules() -> None:
+    drafter = pair_of(1)[1].drafter.half()  # the interpreter cannot multiply bfloat16
+    context = LastContext(drafter, torch.zeros(VOCAB, D, dtype=torch.float16))
+    x = torch.randn(18, drafter.fuse.in_features, generator=torch.Generator().manual_seed(1)).half()
+    for rows in (1, 2, 18):
+        torch.testing.assert_close(context._fused(x[:rows]), drafter.fuse(x[:rows]), rtol=1e-2, atol=1e-2)
+
+
 def test_no_weight_is_held_twice() -> None:
     _, fast = pair_of(1)
     layer: Any = fast.drafter.trunk.layers[0]

@@ -23,6 +23,8 @@ from redrafter.backends.torch.kernels.early import early, start_early
 
 MAX_NODES = 128
 """Bits in a node's two ancestor words."""
+MANY_HEADS = 512
+"""KV heads of all rows from which programs queue for the multiprocessors."""
 _NEVER = tl.constexpr(-1.0e30)
 """Below every score, and finite: the difference of two of them is a number."""
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -153,7 +155,7 @@ def ancestor_words(mask_BNN: Tensor) -> Tensor:
 
 
 class AttentionPlan(NamedTuple):
-    """How a launch is cut; only ``tile_rows`` depends on the number of nodes."""
+    """How a launch is cut; of what decides the order of additions, nothing depends on the number of nodes."""
 
     tile_rows: int
     block_slots: int
@@ -177,11 +179,16 @@ def plan_attention(query_BHNd: Tensor, keys_BHSd: Tensor) -> AttentionPlan:
     parts = min(1 << (parts.bit_length() - 1), 32, triton.next_power_of_2(triton.cdiv(slots, block)))
     wanted = nodes * (heads // kv_heads)
     exact = keys_BHSd.dtype == torch.float32  # without tensor cores larger tiles do not fit into registers
-    # One text of SmolLM2 (3 KV heads of 64), 64 nodes over 320 slots: 7.9 us with tiles of 64 rows, 6.7 with 16.
-    lone = padded <= 64 and rows * kv_heads <= 8
-    tile = 16 if exact or lone else min(64, max(16, triton.next_power_of_2(wanted)))
-    warps = 8 if exact or padded > 64 else 4
-    return AttentionPlan(tile, block, parts, triton.cdiv(wanted, tile), warps, 3 if tile == 64 and padded == 128 else 2)
+    # One text of SmolLM2 (3 KV heads of 64), 64 nodes over 320 slots: 7.9 us with tiles of 64 rows, 6.7 with 16. Of the
+    # 7B shape (32 heads of 128), 32 nodes: 1 to 2 us less with 16 than with 32.
+    small = (padded <= 64 and rows * kv_heads <= 8) or (parts > 1 and wanted <= 32)
+    tile = 16 if exact or small else min(64, max(16, triton.next_power_of_2(wanted)))
+    # Heads of 128: 8 warps take 2 to 3 us of 12 less than 4, where programs do not queue; where they do, 12 to 28 us of
+    # a layer more. A third stage gains for large tiles and long walks over the slots; one node of one text loses 6 us.
+    deep = padded == 128 and rows * kv_heads <= MANY_HEADS
+    warps = 8 if exact or padded > 128 or deep else 4
+    stages = 3 if deep and nodes > 1 and (tile == 64 or parts == 1) else 2
+    return AttentionPlan(tile, block, parts, triton.cdiv(wanted, tile), warps, stages)
 
 
 def tree_attention(
