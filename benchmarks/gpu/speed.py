@@ -88,6 +88,8 @@ class Campaign:
     def bench(self, stage: str, name: str, llm: LLM, start: float, **plan: Any) -> None:
         """One result; ``limit`` prompts (0: all), spread over those of the category."""
         args = self.args
+        if args.only and name not in args.only:
+            return
         found = load_prompts(args.questions)
         limit, batch, control = plan.pop("limit"), plan.pop("batch", 1), plan.pop("control", False)
         prompts = select(found, plan.pop("category", args.category), limit or None, True)
@@ -184,6 +186,7 @@ def main() -> None:
     parser.add_argument("--max-batch", type=int, default=32)
     parser.add_argument("--batches", type=int, nargs="*", default=[4, 8, 32])
     parser.add_argument("--sampled", type=int, nargs="*", default=[8, 32])
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="of a stage's results these")
     parser.add_argument("--control", action="store_true", help="greedy-n64: count the forks of padded plain steps too")
     args = parser.parse_args()
     campaign = Campaign(args)

@@ -12,7 +12,9 @@ from tests.kernels.test_kernel_target import PROMPT, random_tree, read
 from tests.tiny import make_model
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be tested")
-from redrafter.backends.torch.kernels.layer import FusedCudaLayer, fuse_cuda_layers
+from redrafter.backends.torch.kernels import layer as layer_module
+from redrafter.backends.torch.kernels.layer import FusedCudaLayer, KernelHead, fuse_cuda_layers
+from redrafter.backends.torch.kernels.matmul import Workspace
 
 ONE = torch.ones(1, 1, dtype=torch.bool)
 TREES = [random_tree(4, True), random_tree(1, False)]
@@ -60,3 +62,23 @@ def test_what_has_another_structure_is_left_alone() -> None:
     assert fuse_cuda_layers(make_model("llama", KERNEL, mlp_bias=True)) == 0
     assert fuse_cuda_layers(make_model("llama", KERNEL, hidden_act="gelu")) == 0
     assert fuse_cuda_layers(make_model("llama", FAST)) == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (2, 5), (5, 13)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_heads_product(shape: tuple[int, int], bias: bool) -> None:
+    torch.manual_seed(0)
+    head = torch.nn.Linear(40, 70, bias=bias).requires_grad_(False)
+    x = torch.randn(*shape, 40)
+    y = KernelHead(head, Workspace(torch.device("cpu"), 1 << 16, 64))(x)
+    torch.testing.assert_close(y, head(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_is_replaced_where_ours_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_module, "WIDE_HEAD", 16)
+    for half in (False, True):
+        model = make_model("llama", KERNEL)
+        model = model.half() if half else model
+        weight = model.lm_head.weight
+        fuse_cuda_layers(model)
+        assert isinstance(model.lm_head, KernelHead) == half and model.get_output_embeddings().weight is weight
