@@ -63,7 +63,7 @@ MEANING = {
     "gpu7b_control_forks": "the same of plain decoding whose steps verify 64 nodes and accept none",
     "gpu_fp32_forks": "answers on the GPU that differ from plain decoding, float32",
     "mlx_cpu_equal_prompts": "prompts with equal ids on torch and MLX, float32",
-    "mlx_cuda_speedup_greedy": "7B-shape instrument on MLX: speculative over plain, tokens per second, greedy",
+    "mlx_cuda_speedup_greedy": "7B-shape instrument on MLX, float32: speculative over plain, tokens per second, greedy",
     "mlx_plain_vs_mlxlm": "7B-shape instrument on MLX: our plain decoding over mlx-lm's own",
 }
 

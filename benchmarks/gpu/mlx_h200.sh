@@ -20,7 +20,9 @@ for folder in "${CUDA_HOME:-}" /usr/local/cuda "$nvidia/cu13"; do
         break
     fi
 done
-# One graph per step: all ways take less of the host, which is what limits them (docs/log.md).
+# The host limits MLX on CUDA, and launching its kernels one by one takes less of it than making graphs of them: 12 to
+# 15 ms a speculative step of float32 instead of 16 to 29, a plain one 8.5 instead of 8.15 (docs/log.md).
+export MLX_USE_CUDA_GRAPHS=${MLX_USE_CUDA_GRAPHS:-0}
 export MLX_MAX_MB_PER_BUFFER=${MLX_MAX_MB_PER_BUFFER:-300000} MLX_MAX_OPS_PER_BUFFER=${MLX_MAX_OPS_PER_BUFFER:-2000}
 export MLX_CUDA_GRAPH_CACHE_SIZE=${MLX_CUDA_GRAPH_CACHE_SIZE:-1000} MLX_PTX_CACHE_DIR=$home/ptx
 export PYTHONUNBUFFERED=1 PYTHONPATH=src:$site${PYTHONPATH:+:$PYTHONPATH}

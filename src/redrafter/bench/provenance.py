@@ -20,7 +20,10 @@ from redrafter.models.integrity import MANIFEST, read_json
 
 COMMIT_VARIABLE = "REDRAFTER_COMMIT"
 """Says which commit the code is, where it was copied without its git history."""
-RECORDED_ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_PROC_BIND", "OMP_PLACES", "MKL_NUM_THREADS", "KMP_AFFINITY")
+RECORDED_ENVIRONMENT = (
+    *("OMP_NUM_THREADS", "OMP_PROC_BIND", "OMP_PLACES", "MKL_NUM_THREADS", "KMP_AFFINITY"),
+    *("MLX_USE_CUDA_GRAPHS", "MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER"),
+)
 
 
 def output(*command: str) -> str | None:

@@ -56,7 +56,7 @@ class Cut(NamedTuple):
 
 def plan(M: int, N: int, K: int, gated: bool) -> Cut:
     """Fastest in a search over the shapes of Llama-2-7B and SmolLM2-135M at 16 and 64 rows (benchmarks/gpu/cuts.py)."""
-    few = M <= 32
+    few, whole = M <= 32, M == MAX_ROWS
     if K < 2048:
         if K > 1024 and not gated:
             return Cut(16, 256, 3, 2, 4) if few else Cut(16, 256, 2, 4, 4, x_first=True)
@@ -65,13 +65,18 @@ def plan(M: int, N: int, K: int, gated: bool) -> Cut:
         return Cut(16, 128, 1, 4, 4, x_first=True)
     if N < 2048 and not gated:
         return Cut(32, 256, 4, 4, 4, x_first=not few)
+    # With x first a step of 48 nodes took longer than one of 64 (4.78 against 4.60 ms): only where all rows are there.
     if gated:
-        return Cut(128, 128, 1, 4, 3) if few else Cut(64, 64, 1, 4, 4, x_first=True)
+        if whole:
+            return Cut(64, 64, 1, 4, 4, x_first=True)
+        return Cut(128, 128, 1, 4, 3) if few else Cut(128, 64, 1, 4, 4)
     if N > 8192:
-        return Cut(64, 128, 1, 4, 4) if few else Cut(128, 128, 1, 8, 4, x_first=True)
+        return Cut(64, 128, 1, 4, 4) if few else Cut(128, 128, 1, 8, 4, x_first=whole)
+    if whole:
+        return Cut(32, 256, 1, 4, 4, x_first=True)
     if few:
         return Cut(64, 256, 1, 4, 4) if K <= 4096 else Cut(32, 256, 1, 4, 6)
-    return Cut(32, 256, 1, 4, 4, x_first=True)
+    return Cut(64, 128, 1, 4, 6)
 
 
 @triton.jit
