@@ -77,15 +77,18 @@ class Job(NamedTuple):
 
 def cuts(rows: int, outputs: int, gated: bool) -> Iterator[Cut]:
     """Blocks that fit, sums that may be split, and enough programs to occupy the multiprocessors."""
-    columns = (64, 128, 256) if outputs > 2048 and rows > 32 else (16, 32, 64, 128)
+    columns = (32, 64, 128, 256) if outputs > 2048 and rows > 32 else (16, 32, 64, 128)
     depths, splits, stage_counts = (64, 128, 256), (1, 2, 3, 4), (3, 4, 6)
-    for BN, BK, split, warps, stages in itertools.product(columns, depths, splits, (2, 4, 8), stage_counts):
+    orders = (False, True) if rows > 32 else (False,)
+    for BN, BK, split, warps, stages, x_first in itertools.product(
+        columns, depths, splits, (2, 4, 8), stage_counts, orders
+    ):
         shared = stages * BK * 2 * (BN * (2 if gated else 1) + max(16, rows))
         if shared > SHARED_MEMORY or (split > 1 and gated) or warps not in (max(2, BN // 32), max(4, BN // 16)):
             continue
         if split > 1 and (outputs + BN - 1) // BN * split < 60:
             continue
-        yield Cut(BN, BK, split, warps, stages)
+        yield Cut(BN, BK, split, warps, stages, x_first)
 
 
 def jobs(shape: str, rows: list[int], copies: Callable[[int], int], device: torch.device) -> Iterator[Job]:

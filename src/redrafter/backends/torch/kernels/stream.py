@@ -84,6 +84,34 @@ def _rounded(x, dtype: tl.constexpr):
     return x.to(dtype).to(tl.float32)
 
 
+@triton.jit
+def _sums(
+    x, w, row, first, steps: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GATED: tl.constexpr, X_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[BN, BM]: weight rows from ``row`` on, and those N below, times x over ``steps`` blocks from ``first`` on."""
+    if X_FIRST:
+        acc = tl.zeros((BM, BN), tl.float32)
+        up = tl.zeros((BM, BN), tl.float32)
+        for step in range(steps):
+            k = first + step * BK
+            v = x.load([0, k])
+            acc = tl.dot(v, tl.trans(w.load([row, k])), acc, input_precision=PRECISION)
+            if GATED:
+                up = tl.dot(v, tl.trans(w.load([N + row, k])), up, input_precision=PRECISION)
+        acc, up = tl.trans(acc), tl.trans(up)
+    else:
+        acc = tl.zeros((BN, BM), tl.float32)
+        up = tl.zeros((BN, BM), tl.float32)
+        for step in range(steps):
+            k = first + step * BK
+            v = tl.trans(x.load([0, k]))
+            acc = tl.dot(w.load([row, k]), v, acc, input_precision=PRECISION)
+            if GATED:
+                up = tl.dot(w.load([N + row, k]), v, up, input_precision=PRECISION)
+    return acc, up
+
+
 @triton.jit(do_not_specialize=["M", "tiles"])
 def _stream(
     x, w, squares, bias, residual, gain, y, scaled, squares_out, partial, arrived, M, tiles, eps,
@@ -102,26 +130,7 @@ def _stream(
         read = (t < tiles)[:, None] & (m < M)[None, :]
         sums = tl.load(squares + t[:, None] * M + m[None, :], mask=read, other=0.0)
     steps: tl.constexpr = ((K + BK - 1) // BK + SPLIT - 1) // SPLIT
-    first = part * steps * BK
-    if X_FIRST:
-        acc = tl.zeros((BM, BN), tl.float32)
-        up = tl.zeros((BM, BN), tl.float32)
-        for step in range(steps):
-            k = first + step * BK
-            v = x.load([0, k])
-            acc = tl.dot(v, tl.trans(w.load([tile * BN, k])), acc, input_precision=PRECISION)
-            if GATED:
-                up = tl.dot(v, tl.trans(w.load([N + tile * BN, k])), up, input_precision=PRECISION)
-        acc, up = tl.trans(acc), tl.trans(up)
-    else:
-        acc = tl.zeros((BN, BM), tl.float32)
-        up = tl.zeros((BN, BM), tl.float32)
-        for step in range(steps):
-            k = first + step * BK
-            v = tl.trans(x.load([0, k]))
-            acc = tl.dot(w.load([tile * BN, k]), v, acc, input_precision=PRECISION)
-            if GATED:
-                up = tl.dot(w.load([N + tile * BN, k]), v, up, input_precision=PRECISION)
+    acc, up = _sums(x, w, tile * BN, part * steps * BK, steps, N, BM, BN, BK, GATED, X_FIRST, PRECISION)
     n = tile * BN + tl.arange(0, BN)
     place = n.to(tl.int64)[:, None] + m[None, :] * N
     live = (n < N)[:, None] & (m < M)[None, :]
