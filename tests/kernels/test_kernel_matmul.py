@@ -1,5 +1,7 @@
 """Products of few rows against plain torch."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -42,12 +44,14 @@ def test_gated(rows: int) -> None:
     torch.testing.assert_close(y, F.silu(gate) * up, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("split", [2, 4])
-def test_split_sums_leave_the_counters_at_zero(split: int) -> None:
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("split", [1, 2, 4])
+def test_split_sums_leave_the_counters_at_zero(split: int, backwards: bool) -> None:
     x, w, r = random(5, 300, seed=1), random(70, 300, seed=2), random(5, 70, seed=3)
     workspace = Workspace(x.device, 4 * 5 * 70, 8)
     for _ in range(2):
-        y = few_rows(x, w, residual_MN=r, workspace=workspace, plan=_Plan(32, 32, split, 4, 2))
+        cut: Any = {"plan": _Plan(32, 32, split, 4, 2), "backwards": backwards}
+        y = few_rows(x, w, residual_MN=r, workspace=workspace, **cut)
         torch.testing.assert_close(y, r + F.linear(x, w), rtol=1e-5, atol=1e-4)
         assert workspace.arrived.sum() == 0
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be tested")
 from redrafter.backends.torch.kernels.matmul import Workspace
 from redrafter.backends.torch.kernels.stream import Cut, Scaled, fits, plan, scaled, stream
+from redrafter.backends.torch.kernels.tall import block_rows, fetched, tall
 
 CUT = Cut(32, 32, 1, 4, 2)
 X_FIRST = CUT._replace(x_first=True)
@@ -49,7 +50,7 @@ def test_a_product_with_all_around_it_and_the_norm_behind_it(rows: int, cut: Cut
 @pytest.mark.parametrize("rows", [2, 33])
 @pytest.mark.parametrize("cut", [CUT, X_FIRST])
 def test_gated(rows: int, cut: Cut, workspace: Workspace) -> None:
-    x, w, gain = random(rows, 136, seed=1), random(80, 136, seed=2), random(136, seed=3)
+    x, w, gain = random(rows, 136, seed=1), random(80, 136, seed=2) / 10, random(136, seed=3)
     gate, up = F.linear(F.rms_norm(x, (136,), gain, 1e-5), w).chunk(2, -1)
     y, behind = stream(scaled(x, (gain, 1e-5)), w, gated=True, workspace=workspace, cut=cut)
     close(y, F.silu(gate) * up)
@@ -62,12 +63,31 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(workspace: Workspace) -> No
     assert torch.equal(stream(x[:3].contiguous(), w, workspace=workspace, cut=CUT)[0], whole[:3])
 
 
+@pytest.mark.parametrize("cut", [CUT, X_FIRST])
+def test_what_lies_behind_the_last_row_is_not_looked_at(cut: Cut, workspace: Workspace) -> None:
+    x, w = random(20, 136, seed=1), random(72, 136, seed=2)
+    alone = stream(x, w, workspace=workspace, cut=cut)[0]
+    held = torch.full((32, 136), torch.nan)
+    held[:20] = x
+    assert fetched(x) == 20 and fetched(held[:20]) == 32 and fetched(held[12:]) == 20
+    assert torch.equal(stream(held[:20], w, workspace=workspace, cut=cut)[0], alone)
+
+
+def test_what_a_product_reads_has_room_behind_it(workspace: Workspace) -> None:
+    x, w, gain = random(20, 136, seed=1), random(72, 136, seed=2), random(72, seed=3)
+    y, behind = stream(scaled(x, (random(136, seed=4), 1e-5)), w, norm=(gain, 1e-5), workspace=workspace, cut=CUT)
+    assert behind is not None
+    assert fetched(y) == fetched(behind.values) == fetched(scaled(x, (random(136, seed=4), 1e-5)).values) == 32
+    assert fetched(tall((3, 5, 8), x).view(15, 8)) == 16
+    assert fetched(tall((65, 8), x)) == 65
+
+
 def test_cuts_fit_the_shared_memory_and_the_workspace() -> None:
     rooms = Workspace(torch.device("cpu"))
     for n, k in ((12288, 4096), (4096, 4096), (11008, 4096), (4096, 11008), (960, 576), (576, 1536), (1536, 576)):
-        for gated, rows in product((False, True), (2, 64)):
+        for gated, rows in product((False, True), (2, 33, 64)):
             cut = plan(rows, n, k, gated)
-            block = cut.BN * (2 if gated else 1) + max(rows, 16)
+            block = cut.BN * (2 if gated else 1) + block_rows(rows)
             assert block * cut.BK * 2 * cut.stages <= 227 * 1024
             assert cut.split == 1 or (not gated and cut.split * rows * n <= len(rooms.partial))
             assert -(-n // cut.BN) <= len(rooms.arrived)

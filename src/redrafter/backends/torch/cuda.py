@@ -281,7 +281,7 @@ class KernelDrafter(TorchDrafter):
             x = self.drafter.exit(x)
         flat, head = x.reshape(rows * width, -1), self._head
         if isinstance(head, torch.nn.Linear) and _ours_is_faster(flat):
-            return few_rows(flat, head.weight).view(rows, width, -1)
+            return few_rows(flat, head.weight, backwards=state.depth % 2 == 1).view(rows, width, -1)
         return head(flat).view(rows, width, -1)
 
 

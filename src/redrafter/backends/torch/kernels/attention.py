@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from redrafter.backends.torch.kernels.early import early, start_early
+from redrafter.backends.torch.kernels.tall import tall
 
 MAX_NODES = 128
 """Bits in a node's two ancestor words."""
@@ -216,7 +217,7 @@ def tree_attention(
     assert query.stride(3) == keys.stride(3) == ancestors.stride(2) == 1
     plan = plan_attention(query, keys)
     padded = max(16, triton.next_power_of_2(width))
-    out = torch.empty(rows, nodes, heads * width, dtype=query.dtype, device=query.device)
+    out = tall((rows, nodes, heads * width), query)
     groups = plan.counters(rows * kv_heads)
     partial = torch.empty(
         groups * plan.parts * plan.tile_rows * (padded + 2) if plan.parts > 1 else 1,

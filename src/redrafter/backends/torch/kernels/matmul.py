@@ -92,7 +92,7 @@ def _skinny(
     x, w, gain, bias, residual, residual_row, y, partial, arrived, M, N: tl.constexpr, K: tl.constexpr, eps,
     NORM: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, RESIDUAL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    EARLY: tl.constexpr,
+    BACKWARDS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """M <= BM rows. A program multiplies BN weight rows with all of x over one of SPLIT parts of K; the last one to
     arrive adds the parts in their order, so that the sum does not depend on who is last."""
@@ -107,7 +107,8 @@ def _skinny(
     dtype = x.dtype.element_ty
     steps: tl.constexpr = ((K + BK - 1) // BK + SPLIT - 1) // SPLIT
     for step in range(steps):
-        k = (part * steps + step) * BK + tl.arange(0, BK)
+        block = part * steps + (steps - 1 - step if BACKWARDS else step)
+        k = block * BK + tl.arange(0, BK)
         inside = k < K
         v = tl.load(x + m[None, :] * K + k[:, None], mask=(m < M)[None, :] & inside[:, None], other=0.0)
         if NORM > 0:
@@ -205,6 +206,7 @@ def few_rows(
     silu: bool = False,
     workspace: Workspace | None = None,
     plan: _Plan | None = None,
+    backwards: bool = False,
 ) -> Tensor:
     """[M, N] as the module's docstring says; M <= MAX_ROWS; rows of ``residual_MN`` may lie any distance apart, 0
     included; with ``gated`` the weight is [2 N, K], gates first.
@@ -234,7 +236,7 @@ def few_rows(
     precision = "ieee" if x_MK.dtype == torch.float32 else "tf32"
     BM = max(16, triton.next_power_of_2(M))
     _skinny[grid](
-        *tensors, y, partial, arrived, M, N, K, eps, *flags, BM, plan.BN, plan.BK, split, precision,
+        *tensors, y, partial, arrived, M, N, K, eps, *flags, BM, plan.BN, plan.BK, split, precision, backwards,
         num_warps=plan.warps, num_stages=plan.stages, **early(y),
     )  # fmt: skip
     return y

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from redrafter.backends.torch.kernels.commit import LayerSlots
 from redrafter.backends.torch.kernels.early import early, start_early
+from redrafter.backends.torch.kernels.tall import tall
 
 
 @triton.jit
@@ -124,7 +125,7 @@ def add_rms_norm(x_MD: Tensor, delta_MD: Tensor | None, weight_D: Tensor, eps: f
     """(x + delta, its RMS norm times the weight); without ``delta`` x itself and its norm. Contiguous."""
     width = x_MD.shape[-1]
     assert x_MD.is_contiguous() and (delta_MD is None or delta_MD.is_contiguous())
-    normed = torch.empty_like(x_MD)
+    normed = tall(x_MD.shape, x_MD)
     total = x_MD if delta_MD is None else torch.empty_like(x_MD)
     _add_rms_norm[(x_MD.numel() // width,)](
         x_MD, x_MD if delta_MD is None else delta_MD, weight_D, total, normed, eps,

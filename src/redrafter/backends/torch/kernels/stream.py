@@ -26,6 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from redrafter.backends.torch.kernels.early import early, start_early
 from redrafter.backends.torch.kernels.matmul import Workspace
+from redrafter.backends.torch.kernels.tall import block_rows, fetched, tall
 
 MAX_ROWS = 64
 EARLY_BYTES = 8 << 20
@@ -56,7 +57,7 @@ class Cut(NamedTuple):
 
 def plan(M: int, N: int, K: int, gated: bool) -> Cut:
     """Fastest in a search over the shapes of Llama-2-7B and SmolLM2-135M at 16 and 64 rows (benchmarks/gpu/cuts.py)."""
-    few, whole = M <= 32, M == MAX_ROWS
+    few = M <= 32
     if K < 2048:
         if K > 1024 and not gated:
             return Cut(16, 256, 3, 2, 4) if few else Cut(16, 256, 2, 4, 4, x_first=True)
@@ -65,18 +66,13 @@ def plan(M: int, N: int, K: int, gated: bool) -> Cut:
         return Cut(16, 128, 1, 4, 4, x_first=True)
     if N < 2048 and not gated:
         return Cut(32, 256, 4, 4, 4, x_first=not few)
-    # With x first a step of 48 nodes took longer than one of 64 (4.78 against 4.60 ms): only where all rows are there.
     if gated:
-        if whole:
-            return Cut(64, 64, 1, 4, 4, x_first=True)
-        return Cut(128, 128, 1, 4, 3) if few else Cut(128, 64, 1, 4, 4)
+        return Cut(128, 128, 1, 4, 3) if few else Cut(64, 64, 1, 4, 4, x_first=True)
     if N > 8192:
-        return Cut(64, 128, 1, 4, 4) if few else Cut(128, 128, 1, 8, 4, x_first=whole)
-    if whole:
-        return Cut(32, 256, 1, 4, 4, x_first=True)
+        return Cut(64, 128, 1, 4, 4) if few else Cut(128, 128, 1, 8, 4, x_first=True)
     if few:
         return Cut(64, 256, 1, 4, 4) if K <= 4096 else Cut(32, 256, 1, 4, 6)
-    return Cut(64, 128, 1, 4, 6)
+    return Cut(32, 256, 1, 4, 4, x_first=True)
 
 
 @triton.jit
@@ -188,16 +184,17 @@ def stream(
     assert residual_MN is None or residual_MN.is_contiguous()
     cut = cut or plan(M, N, K, gated)
     tiles = triton.cdiv(N, cut.BN)
-    y = torch.empty(M, N, dtype=values.dtype, device=values.device)
+    y = tall((M, N), values)
     behind = None
     if norm is not None:
         squares = torch.empty(tiles, M, dtype=torch.float32, device=values.device)
-        behind = Scaled(torch.empty_like(y), squares, norm[1])
-    BM = max(16, triton.next_power_of_2(M))
+        behind = Scaled(tall((M, N), values), squares, norm[1])
+    BM = block_rows(M)
     assert cut.split == 1 or (not gated and cut.split * tiles * cut.BN * BM <= len(workspace.partial))
     tiles_in = len(x.squares) if isinstance(x, Scaled) else 0
     _stream[(tiles, cut.split)](
-        TensorDescriptor.from_tensor(values, [BM, cut.BK]), TensorDescriptor.from_tensor(weight, [cut.BN, cut.BK]),
+        TensorDescriptor(values, [fetched(values), K], [K, 1], [BM, cut.BK]),
+        TensorDescriptor.from_tensor(weight, [cut.BN, cut.BK]),
         x.squares if isinstance(x, Scaled) else y, y if bias_N is None else bias_N,
         y if residual_MN is None else residual_MN, y if norm is None else norm[0],
         y, y if behind is None else behind.values, y if behind is None else behind.squares,
@@ -232,7 +229,7 @@ def scaled(x_MK: Tensor, norm: tuple[Tensor, float]) -> Scaled:
     """What a product that takes the norm of x needs, where none before it has made it."""
     M, K = x_MK.shape
     assert x_MK.is_contiguous()
-    out = Scaled(torch.empty_like(x_MK), torch.empty(1, M, dtype=torch.float32, device=x_MK.device), norm[1])
+    out = Scaled(tall((M, K), x_MK), torch.empty(1, M, dtype=torch.float32, device=x_MK.device), norm[1])
     block = triton.next_power_of_2(K)
     _scaled[(M,)](x_MK, norm[0], *out[:2], WIDTH=K, BLOCK=block, num_warps=8 if K > 2048 else 4, **early(x_MK))
     return out

@@ -23,6 +23,7 @@ from redrafter.backends.torch.kernels.matmul import MAX_ROWS, Norm, Workspace, f
 from redrafter.backends.torch.kernels.norms import add_rms_norm
 from redrafter.backends.torch.kernels.stream import MAX_ROWS as STREAM_ROWS
 from redrafter.backends.torch.kernels.stream import fits, stream
+from redrafter.backends.torch.kernels.tall import tall
 from redrafter.backends.torch.kernels.window import MAX_PAIRS, Rotation, window_attention
 from redrafter.backends.torch.trunk import rotary
 
@@ -61,7 +62,7 @@ def scaled_parts(features_BTF: Tensor, token_BT: Tensor, embedding_VD: Tensor) -
     rows, pairs, size = features_BTF.shape
     width = embedding_VD.shape[1]
     assert size % width == 0 and features_BTF.stride(2) == 1 and embedding_VD.is_contiguous()
-    out = torch.empty(rows * pairs, size + width, dtype=embedding_VD.dtype, device=embedding_VD.device)
+    out = tall((rows * pairs, size + width), embedding_VD)
     parts = size // width + 1
     _scaled_parts[(rows * pairs, parts)](
         features_BTF, token_BT, embedding_VD, out, *features_BTF.stride()[:2], *token_BT.stride(), EPS,
