@@ -105,6 +105,21 @@ def test_a_step_ahead_is_launched_before_the_last_is_read(ahead: TorchBackend, m
     assert done == ["step", "step", "read", "step", "read", "step", "read", "read"]
 
 
+def test_no_step_is_launched_behind_one_that_is_likely_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = make_backend(context=90)
+    params = SamplingParams(max_new_tokens=20)
+    plain, _ = run(Engine(backend, PLAIN), PROMPT, params)
+    set_drafter(backend, ScriptedDrafter(PROMPT + plain))
+    backend.run_ahead = True
+    launched: list[str] = []
+    step = backend.step
+    monkeypatch.setattr(backend, "step", lambda *a: (launched.append("step"), step(*a))[1])
+    shape = DecodeConfig(beam_width=2, branching=2, draft_length=4, tree_size=9)
+    ids, statistics = run(Engine(backend, shape), PROMPT, params)
+    # Five tokens each: the fourth fills the room, of which the third could not tell the host in time.
+    assert ids == plain and statistics.steps == len(launched) == 4
+
+
 def test_an_ideal_drafter_fills_the_context_a_step_ahead() -> None:
     """The step after the last writes past the request's tokens: there must be room."""
     params = SamplingParams(max_new_tokens=500)

@@ -282,9 +282,10 @@ class Engine:
         return new._replace(penalties=new.penalties._replace(answer=self.backend.ops.concat(parts, 0)))
 
     def _launch(self, alone: bool) -> bool:
-        """Start a step of the running requests, unless all of them surely end with the step in flight."""
-        flying = self._flights[-1].requests if self._flights else []
-        if all(r in flying and len(r.answer_ids) + 1 >= r.room for r in self._running):
+        """Start a step of the running requests, unless all of them are likely to end with the step in flight: waiting
+        for what it says costs less than a step that nobody needs."""
+        flying, last = (self._flights[-1].requests, self._flights[-1].config) if self._flights else ([], PLAIN)
+        if all(r in flying and r.likely_ends(last.speculative) for r in self._running):
             return False
         assert self._state is not None
         backend, before = self.backend, self._state

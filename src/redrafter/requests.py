@@ -148,6 +148,11 @@ class Request:
     """(features, next token) pairs known to lie in the drafter's trunk"""
     ended: bool = False
 
+    def likely_ends(self, speculative: bool) -> bool:
+        """Whether a step fills the request's room, if it gives as many tokens as those before it did."""
+        expected = max(1.0, self.statistics.tokens_per_step) if speculative else 1.0
+        return len(self.answer_ids) + expected >= self.room
+
     def take(self, tokens: Sequence[int]) -> tuple[list[int], str | None]:
         """A step's tokens, cut where the request ends, and why it ends."""
         room = self.room - len(self.answer_ids)

@@ -26,9 +26,7 @@ def test_gru_step(rows: int) -> None:
     index, parent = torch.tensor([[10, 0, 3, 3]] * rows), torch.tensor([[2, 0, 0, 1], [1, 2, 2, 0], [0, 0, 2, 1]])
     parent, index = parent[torch.arange(rows) % 3].contiguous(), (index + torch.arange(rows)[:, None]) % 11
     expected = gru(table, index, state[torch.arange(rows)[:, None], parent], u, b)
-    for backwards in (False, True):
-        y = gru_step(table, index, state, parent, u, b, backwards)
-        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gru_step(table, index, state, parent, u, b), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_gru_step_of_the_same_beams() -> None:
@@ -43,9 +41,8 @@ def test_gru_step_of_the_same_beams() -> None:
 def test_residual_block(rows: int, shared: bool) -> None:
     x, w, r = random(rows, 72, seed=1), random(80, 72, seed=2), random(1 if shared else rows, 80, seed=3)
     a, b = (F.linear(x, w) + r).chunk(2, -1)
-    for backwards in (False, True):
-        y = residual_block(x, w, r.expand(rows, 80), backwards)
-        torch.testing.assert_close(y, a + F.silu(b), rtol=1e-5, atol=1e-5)
+    y = residual_block(x, w, r.expand(rows, 80))
+    torch.testing.assert_close(y, a + F.silu(b), rtol=1e-5, atol=1e-5)
 
 
 def test_half_precision() -> None:

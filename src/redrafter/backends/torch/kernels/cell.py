@@ -35,7 +35,7 @@ def _in_parts(start, PARTS: tl.constexpr, BK: tl.constexpr):
 def _gru(
     gates, index, index_row, state, parent, u, bias, y, R, W: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
     PARENT: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
-    PRECISION: tl.constexpr, BACKWARDS: tl.constexpr, EARLY: tl.constexpr,
+    PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The input's part of the gates is row ``index`` of a table, the old state that of beam ``parent`` of the P that
     this one's row had, or of the same beam."""
@@ -50,7 +50,7 @@ def _gru(
     keep = tl.zeros((PARTS, BN, BR), tl.float32)
     new = tl.zeros((PARTS, BN, BR), tl.float32)
     for start in range(0, S, BK):
-        k = _in_parts((S - 1) // BK * BK - start if BACKWARDS else start, PARTS, BK)
+        k = _in_parts(start, PARTS, BK)
         mask = (n < S)[None, :, None] & (k < S)[:, None, :]
         place = u + n[None, :, None] * S + k[:, None, :]
         w_r = tl.load(place, mask=mask, other=0.0)
@@ -77,13 +77,7 @@ def _gru(
 
 
 def gru_step(
-    gates_V3S: Tensor,
-    index_BW: Tensor,
-    state_BPS: Tensor,
-    parent_BW: Tensor | None,
-    u_3SS: Tensor,
-    bias_3S: Tensor,
-    backwards: bool = False,
+    gates_V3S: Tensor, index_BW: Tensor, state_BPS: Tensor, parent_BW: Tensor | None, u_3SS: Tensor, bias_3S: Tensor
 ) -> Tensor:
     """[B, W, S]: the next state of every beam: ``gates[index]`` is W e of its token, ``state[b, parent]`` the old one.
     Without ``parent`` beam w continues beam w. Rows of ``index`` may lie any distance apart."""
@@ -99,7 +93,7 @@ def gru_step(
     _gru[(triton.cdiv(S, 16), triton.cdiv(R, BR))](
         gates_V3S, index_BW, index_BW.stride(0), state_BPS, index_BW if parent_BW is None else parent_BW, u_3SS,
         bias_3S, y, R, width, before, S, parent_BW is not None, BR, 16, BK, PARTS, "tf32" if half else "ieee",
-        backwards, num_warps=PARTS, num_stages=3 if not half else 5 if BK == 256 else 6, **early(y),
+        num_warps=PARTS, num_stages=3 if not half else 5 if BK == 256 else 6, **early(y),
     )  # fmt: skip
     return y
 
@@ -108,7 +102,7 @@ def gru_step(
 def _block(
     x, w, added, added_row, y, M, N: tl.constexpr, K: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
-    BACKWARDS: tl.constexpr, EARLY: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     start_early(EARLY)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -117,7 +111,7 @@ def _block(
     a = tl.zeros((PARTS, BN, BM), tl.float32)
     b = tl.zeros((PARTS, BN, BM), tl.float32)
     for start in range(0, K, BK):
-        k = _in_parts((K - 1) // BK * BK - start if BACKWARDS else start, PARTS, BK)
+        k = _in_parts(start, PARTS, BK)
         mask = (n < N)[None, :, None] & (k < K)[:, None, :]
         place = w + n[None, :, None] * K + k[:, None, :]
         w_a = tl.load(place, mask=mask, other=0.0)
@@ -135,7 +129,7 @@ def _block(
     tl.store(y + m[None, :] * N + n[:, None], (of_a.to(dtype).to(tl.float32) + inner).to(dtype), mask=live)
 
 
-def residual_block(x_MK: Tensor, weight_NK: Tensor, added_MN: Tensor, backwards: bool = False) -> Tensor:
+def residual_block(x_MK: Tensor, weight_NK: Tensor, added_MN: Tensor) -> Tensor:
     """[M, N]: a + silu(b), a = x Wa^T + ra and b = x Wb^T + rb, M <= MAX_ROWS; a's part of ``weight`` [2 N, K] and of
     ``added`` [M, 2 N] comes first; rows of ``added`` may lie any distance apart, 0 included."""
     (M, K), N = x_MK.shape, weight_NK.shape[0] // 2
@@ -146,7 +140,7 @@ def residual_block(x_MK: Tensor, weight_NK: Tensor, added_MN: Tensor, backwards:
     half = y.element_size() == 2
     _block[(triton.cdiv(N, 16), triton.cdiv(M, BM))](
         x_MK, weight_NK, added_MN, added_MN.stride(0), y, M, N, K, BM, 16, 128 if half else 64, PARTS,
-        "tf32" if half else "ieee", backwards, num_warps=PARTS, num_stages=6 if half else 3, **early(y),
+        "tf32" if half else "ieee", num_warps=PARTS, num_stages=6 if half else 3, **early(y),
     )  # fmt: skip
     return y
 
