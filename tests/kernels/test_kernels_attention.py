@@ -72,8 +72,17 @@ def test_attention(case: tuple, dtype: torch.dtype, tolerance: float, device: to
     torch.testing.assert_close(got.cpu().double(), expected, rtol=0, atol=tolerance)
 
 
+def numpy_multiplies_rows_alike() -> bool:
+    """Whether a row of numpy's product, which the interpreter takes, is the same wherever it stands. On an AMD EPYC
+    without AVX-512 it is not."""
+    a, b = random(16, 64, seed=1).numpy(), random(64, 64, seed=2).numpy()
+    return bool(((a @ b)[::-1] == a[::-1].copy() @ b).all())
+
+
 def test_a_chain_of_nodes_is_plain_decoding_bit_for_bit_in_float32(device: torch.device) -> None:
     """Blocks of slots do not move with the number of nodes or the length, so sums run in the same order."""
+    if device.type == "cpu" and not numpy_multiplies_rows_alike():
+        pytest.skip("this CPU's numpy, which interprets, adds up a row by its place in the matrix")
     q = random(1, 4, 40, 64, seed=1).to(device)
     k, v = (random(1, 2, 300, 64, seed=s).to(device) for s in (2, 3))
     length = torch.tensor([190], device=device)
