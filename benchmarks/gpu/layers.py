@@ -4,9 +4,9 @@
     python benchmarks/gpu/layers.py --nodes 64 --cut 22016,4096=64,128,1,4,3,1 --cut 4096,11008=32,128,1,4,6,1
 
 A chain of layers, each with its own weights, runs in one CUDA graph over a text of ``--text`` tokens; graphs take
-turns, and medians are shown. ``--cut`` tries another ``stream.Cut`` for the product with a weight of that size (gates and ups
-are one weight): block of outputs, of inputs, parts, warps, stages, x first. A kernel that is faster alone may be slower
-among others, so this comes after ``cuts.py`` and before a campaign.
+turns, and medians are shown. ``--cut`` tries another ``stream.Cut`` for the product with a weight of that size (gates
+and ups are one weight): block of outputs, of inputs, parts, warps, stages, x first. A kernel that is faster alone may
+be slower among others, so this comes after ``cuts.py`` and before a campaign.
 """
 
 from __future__ import annotations
