@@ -106,7 +106,7 @@ def test_decoding_is_the_training_forward(variant):
     rows = torch.arange(ROWS)
     for reading, last in readings(features, tokens, seed=len(name_of(variant))):
         state = decoder.begin(reading)
-        torch.testing.assert_close(decoder.logits(state)[:, 0], expected[0][rows, last], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(decoder.logits(state)[:, 0], expected[0][rows, last], atol=3e-5, rtol=1e-5)
         beams = torch.zeros(ROWS, 3, dtype=torch.int64)
         for depth in range(1, 4):
             usable = last + depth < TEXT  # the training forward ends with the text
@@ -116,7 +116,7 @@ def test_decoding_is_the_training_forward(variant):
             beams = torch.ones_like(beams)
             logits = decoder.logits(state)[:, 1]
             wanted = expected[depth][rows, last.clamp(max=TEXT - 1 - depth)]
-            torch.testing.assert_close(logits[usable], wanted[usable], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(logits[usable], wanted[usable], atol=3e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -146,11 +146,11 @@ def test_rows_may_be_read_one_by_one_and_moved():
         one = slice(row, row + 1)
         zero, count = torch.tensor([0]), torch.tensor([half])
         context = decoder.read(Reading(features[one, :half], tokens[one, 1 : half + 1], zero, count), row)
-        torch.testing.assert_close(context, expected[one, :half], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(context, expected[one, :half], atol=3e-5, rtol=1e-5)
     decoder.copy_prefix(2, 0, half)
     last = slice(2, 3)
     rest = Reading(features[last, half:], tokens[last, half + 1 :], torch.tensor([half]), torch.tensor([TEXT - half]))
-    torch.testing.assert_close(decoder.read(rest, 0), expected[last, half:], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(decoder.read(rest, 0), expected[last, half:], atol=3e-5, rtol=1e-5)
 
 
 def test_reading_without_room_is_a_programming_error():
