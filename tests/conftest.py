@@ -27,33 +27,17 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_waits)
-    if _whole(config) and any(map(_waits, items)):
-        items[:] = [item for item in items if not any(map(item.path.is_relative_to, interpreted.OTHERS))]
 
 
 def _waits(item: pytest.Item) -> bool:
     return item.path.name == interpreted.TEST
 
 
-def _whole(config: pytest.Config) -> bool:
-    """Whether all tests were asked for."""
-    return config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
-
-
 def pytest_collection_finish(session: pytest.Session) -> None:
     if any(map(_waits, session.items)) and not session.config.option.collectonly:
-        folders = interpreted.OTHERS if _whole(session.config) else []
-        session.config.stash[interpreted.Interpreted.KEY] = interpreted.Interpreted(folders)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """What the process beside said last."""
-    if beside := config.stash.get(interpreted.Interpreted.KEY, None):
-        terminalreporter.write_line(
-            f"beside: {beside.report.rstrip().splitlines()[-1] if beside.report else 'cut off'}"
-        )
+        session.config.stash[interpreted.Interpreted.KEY] = interpreted.Interpreted()
 
 
 @pytest.hookimpl(trylast=True)
@@ -61,7 +45,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     config = session.config
     if beside := config.stash.get(interpreted.Interpreted.KEY, None):
         beside.end()
-    if os.environ.get("REDRAFTER_RECORD_SUITE") == "1" and exitstatus == 0 and _whole(config):
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.keyword
+    if os.environ.get("REDRAFTER_RECORD_SUITE") == "1" and exitstatus == 0 and whole:
         from tests.suite import record
 
         record(

@@ -1,5 +1,4 @@
-"""All tests of kernels, in one process with triton's interpreter, beside the other tests; in a whole run with the tests
-of some other folders."""
+"""All tests of kernels, in one process with triton's interpreter: four minutes, beside the other tests."""
 
 from __future__ import annotations
 

@@ -76,7 +76,9 @@ async def _streams(run: Running, bodies: list[dict[str, Any]], tell: Tell) -> tu
 def disconnect(run: Running, count: int, seed: int, tell: Tell) -> dict[str, int]:
     """``count`` clients that leave at a random moment, streams and whole answers, in the queue, the prompt or the
     answer. -> where they left, and what the server still holds for them afterwards."""
+    started = time.monotonic()
     before = chat(run.url, max_tokens=40).json()["choices"]
+    answered = time.monotonic() - started
     found: Counter[str] = Counter()
     lock = threading.Lock()
 
@@ -91,7 +93,7 @@ def disconnect(run: Running, count: int, seed: int, tell: Tell) -> dict[str, int
         with dial(run.url) as connection:
             data = request_bytes(body)
             connection.sendall(data if rng.random() < 0.9 else data[: rng.randrange(len(data))])
-            connection.settimeout(rng.choice([0.001, 0.01, 0.05, 0.2]))
+            connection.settimeout(rng.choice([0.001, 0.01, 0.05, 0.2, 5 * answered]))  # the last on a slow machine
             try:
                 said = connection.recv(4096)
             except TimeoutError:

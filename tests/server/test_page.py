@@ -195,6 +195,10 @@ def test_stop_closes_the_connection_and_the_part_stays(visit, play: Play, expect
     expect(tab.locator(".turn .own").nth(1)).to_be_visible()
     tab.click("#stop")
     expect(tab.locator("#send")).to_be_enabled()
+    for _ in range(200):  # the server notices when it writes next
+        if play.disconnects:
+            break
+        tab.wait_for_timeout(50)
     play.delay, play.steps = 0.0, STEPS
     ask(tab, "more")
     expect(tab.locator(".turn .text").last).to_have_text("The sky is blue today.")
