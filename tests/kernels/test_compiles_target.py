@@ -73,3 +73,21 @@ def test_streams_and_early_starts_compile(done: list[str], monkeypatch: pytest.M
     stream.stream(n, weight, gated=True, workspace=rooms)
     stream.stream(many, weight[:2048], weight[0], residual_MN=many, norm=(x[0], 1e-5), workspace=rooms)
     assert done == ["_gemv", "_scaled", "_stream", "_stream"]
+
+
+@pytest.mark.parametrize("rows", [1, 16, 32, 64])
+def test_what_is_read_ahead_compiles(rows: int, done: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of SmolLM2-135M, whose weights are on their way before the launch before ends."""
+    monkeypatch.setattr(early, "_hopper", lambda device: True)
+    bf16: dict[str, Any] = {"dtype": torch.bfloat16}
+    x, h, weight = torch.zeros(rows, 576, **bf16), torch.zeros(rows, 1536, **bf16), torch.zeros(3072, 576, **bf16)
+    down, rooms = torch.zeros(576, 1536, **bf16), matmul.Workspace(x.device, 1 << 20)
+    if rows == 1:
+        matmul.few_rows(x, weight, norm=matmul.Norm(x[0], 1e-5), gated=True)
+        matmul.few_rows(h, down, residual_MN=x)
+        assert done == ["_gemv", "_gemv"]
+        return
+    assert stream.plan(rows, 1536, 576, True).ahead and stream.plan(rows, 576, 1536, False).ahead
+    stream.stream(x, weight, gated=True, workspace=rooms)
+    stream.stream(h, down, residual_MN=x, norm=(x[0], 1e-5), workspace=rooms)
+    assert done == ["_stream", "_stream"]

@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed: its kernels canno
 from redrafter.backends.torch.kernels import layer as layer_module
 from redrafter.backends.torch.kernels.layer import FusedCudaLayer, KernelHead, fuse_cuda_layers
 from redrafter.backends.torch.kernels.matmul import Workspace
+from redrafter.backends.torch.kernels.stream import MAX_ROWS
 
 ONE = torch.ones(1, 1, dtype=torch.bool)
 TREES = [random_tree(4, True), random_tree(1, False)]
@@ -36,7 +37,7 @@ def test_a_fused_layer_computes_what_its_twin_computes(family: str, streams: boo
     assert fuse_cuda_layers(fused) == 3
     for layer in fused.base_model.layers:
         assert isinstance(layer, FusedCudaLayer)
-        layer.streams = streams
+        layer.most_streamed = MAX_ROWS if streams else 0
     compare(fused, twin, TREES)
 
 

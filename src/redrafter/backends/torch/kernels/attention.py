@@ -74,27 +74,28 @@ def _tree_attention(
     BM: tl.constexpr, BN: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     MOVED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    start_early(EARLY)
     part = tl.program_id(0)
     tile = tl.program_id(1)
     row = (tl.program_id(2) // KV_HEADS).to(tl.int64)
     kv = tl.program_id(2) % KV_HEADS
+    r = tile * BM + tl.arange(0, BM)
+    node = r // GROUP
+    alive = node < nodes
+    # A step's lengths and ancestors are older than the launch before: they need not wait for its end.
     length = tl.load(lengths + row * length_row).to(tl.int32)
+    words = ancestors + row * word_row + node.to(tl.int64) * word_node
+    low = tl.load(words, mask=alive, other=1)
+    high = tl.load(words + 1, mask=alive, other=0)
+    start_early(EARLY)
     extent = length + nodes
     blocks = (extent + BN - 1) // BN
     parts = tl.minimum(blocks, most)
     if part < parts:
-        r = tile * BM + tl.arange(0, BM)
         column = tl.arange(0, PADDED)
-        node = r // GROUP
         head = kv * GROUP + r % GROUP
-        alive = node < nodes
         inside = alive[:, None] & (column < D)[None, :]
         place = row * q_row + head[:, None].to(tl.int64) * q_head + node[:, None].to(tl.int64) * q_node
         q = tl.load(query + place + column[None, :], mask=inside, other=0.0)
-        words = ancestors + row * word_row + node.to(tl.int64) * word_node
-        low = tl.load(words, mask=alive, other=1)
-        high = tl.load(words + 1, mask=alive, other=0)
         start = (tl.load(at + row * at_row) if MOVED else row) * kv_row + kv.to(tl.int64) * kv_head
         k, v = keys + start, values + start
 
@@ -209,6 +210,7 @@ def tree_attention(
     j % 64 of word j // 64 says that the node sees node j. The last axis of each is dense; other strides are free, but
     keys and values share theirs. ``arrived``: int32 zeros, at least B * Hkv * tiles, that every launch leaves at zero
     (``matmul.Workspace``); launches that may overlap need their own. Without it they are made for this launch.
+    ``lengths_B`` and ``ancestors`` must have been written before the launch before this one.
     ``at_B`` (int64): row b's keys and values are row ``at_B[b]`` of a whole cache, whose first rows are passed.
     """
     rows, heads, nodes, width = query.shape

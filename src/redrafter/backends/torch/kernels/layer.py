@@ -4,7 +4,8 @@
     2 head norms, rotation, cache write        5 norm, gate|up, silu(gate) * up
     3 attention                                6 down, residual
 
-One row goes through ``matmul.py``, up to 64 through ``stream.py``, more (and float32) through cuBLAS and ``norms.py``.
+One row goes through ``matmul.py``, up to 64 (of small layers 128) through ``stream.py``, more (and float32) through
+cuBLAS and ``norms.py``.
 
 Where bfloat16 is rounded other than in transformers: a norm's weight multiplies before the division by rms(x)
 (``matmul.py``, ``stream.py``), attention's probabilities are rounded before they are normalised (as torch's own kernels
@@ -26,7 +27,7 @@ from redrafter.backends.torch.kernels.attention import tree_attention
 from redrafter.backends.torch.kernels.commit import KernelCache
 from redrafter.backends.torch.kernels.matmul import Norm, Workspace, few_rows
 from redrafter.backends.torch.kernels.norms import HeadNorms, add_rms_norm, rope_write, silu_mul
-from redrafter.backends.torch.kernels.stream import MAX_ROWS, fits, scaled, stream
+from redrafter.backends.torch.kernels.stream import MAX_ROWS, fits, most_rows, scaled, stream
 from redrafter.params import MAX_TREE
 
 WIDE_HEAD = 2048
@@ -137,7 +138,8 @@ class FusedCudaLayer(nn.Module):
         self.out, self.out_bias = _join(attention.o_proj)
         self.gate_up, _ = _join(mlp.gate_proj, mlp.up_proj)
         self.down, self.down_bias = _join(mlp.down_proj)
-        self.streams = fits(self.qkv, self.out, self.gate_up, self.down)
+        weights = (self.qkv, self.out, self.gate_up, self.down)
+        self.most_streamed = most_rows(*weights) if fits(*weights) else 0
 
     @property
     def input_norm(self) -> tuple[Tensor, float]:
@@ -157,7 +159,7 @@ class FusedCudaLayer(nn.Module):
         assert isinstance(store, KernelCache)
         rows, nodes, size = hidden_states.shape
         x = hidden_states.reshape(-1, size)
-        forward = self._alone if len(x) == 1 else self._few if self.streams and len(x) <= MAX_ROWS else self._many
+        forward = self._alone if len(x) == 1 else self._few if len(x) <= self.most_streamed else self._many
 
         def attend(qkv: Tensor) -> Tensor:
             y = self._attend(qkv.view(rows, nodes, -1), attention_mask, position_embeddings, store)

@@ -3,13 +3,15 @@
     y = residual + (scale * (x * g) W^T + bias)
     y = silu(scale * (x * g) Wg^T) * (scale * (x * g) Wu^T)          scale = 1 / rms(x), or 1
 
-Weights come through the tensor memory accelerator (Hopper; elsewhere triton reads them by pointers). A product that
-writes the residual stream also writes what the norm behind it needs: x * g, and of every tile of columns the sum of the
-squares of each row, which the next product adds in the tiles' order. So a decoder layer of many rows takes the six
-launches of one row (``layer.py``) and no norm of its own. Slow twin: cuBLAS with ``norms.py`` between.
+Large weights come through the tensor memory accelerator (Hopper; elsewhere triton reads them by pointers). A product
+that writes the residual stream also writes what the norm behind it needs: x * g, and of every tile of columns the sum
+of the squares of each row, which the next product adds in the tiles' order. So a decoder layer of many rows takes the
+six launches of one row (``layer.py``) and no norm of its own. Slow twin: cuBLAS with ``norms.py`` between.
 
 Measured on one H200, 64 rows, weights of the Llama-2-7B shape in bfloat16, products alone: q|k|v 28.5 us (cuBLAS 30.2),
-gate|up 48.3 (50.2), out 13.3 (12.4), down 28.7 (29.9); together 3.4 us less with x first.
+gate|up 48.3 (50.2), out 13.3 (12.4), down 28.7 (29.9); together 3.4 us less with x first. In the shape of SmolLM2-135M
+a product's time is latency, not bytes: by pointers, with what does not depend on the launch before on its way earlier,
+a layer of 48 rows takes 19.3 us instead of 22.7.
 
 Letters: M rows, N outputs, K inputs, T tiles of columns.
 """
@@ -29,6 +31,9 @@ from redrafter.backends.torch.kernels.matmul import Workspace
 from redrafter.backends.torch.kernels.tall import block_rows, fetched, tall
 
 MAX_ROWS = 64
+SMALL_ROWS = 128
+"""The same where no weight has more than ``EARLY_BYTES``. Layer of SmolLM2-135M, 128 rows, on one H200: 26.8 us; with
+cuBLAS 29.9."""
 EARLY_BYTES = 8 << 20
 """Of a weight: larger ones lose more to a successor that occupies the multiprocessors early than it gains."""
 
@@ -53,17 +58,16 @@ class Cut(NamedTuple):
     warps: int
     stages: int
     x_first: bool = False
+    ahead: bool = False
+    """of small products: read by pointers, and weights are brought into the L2 cache before the launch before ends"""
 
 
 def plan(M: int, N: int, K: int, gated: bool) -> Cut:
     """Fastest in a search over the shapes of Llama-2-7B and SmolLM2-135M at 16 and 64 rows (benchmarks/gpu/cuts.py)."""
     few = M <= 32
     if K < 2048:
-        if K > 1024 and not gated:
-            return Cut(16, 256, 3, 2, 4) if few else Cut(16, 256, 2, 4, 4, x_first=True)
-        if few:
-            return Cut(64, 128, 1, 4, 4) if gated else Cut(16, 256, 1, 2, 4)
-        return Cut(16, 128, 1, 4, 4, x_first=True)
+        small = 2 * N * K * (2 if gated else 1) <= EARLY_BYTES
+        return _small_plan(M, K, gated) if small else _narrow_plan(few, K, gated)
     if N < 2048 and not gated:
         return Cut(32, 256, 4, 4, 4, x_first=not few)
     if gated:
@@ -75,37 +79,92 @@ def plan(M: int, N: int, K: int, gated: bool) -> Cut:
     return Cut(32, 256, 1, 4, 4, x_first=True)
 
 
+def _small_plan(M: int, K: int, gated: bool) -> Cut:
+    few = M <= 32
+    if M > MAX_ROWS:
+        return Cut(16, 64, 1, 4, 9, x_first=True, ahead=True)
+    if K > 1024 and not gated:
+        return Cut(16, 256, 2, 2, 4, ahead=True) if few else Cut(16, 128, 1, 4, 8, x_first=True, ahead=True)
+    if not few:
+        return Cut(16, 128, 1, 4, 4, x_first=True, ahead=True)
+    if gated:
+        return Cut(16, 128, 1, 4, 5, ahead=True)
+    return Cut(16, 256, 1, 2, 4, ahead=True) if M <= 16 else Cut(16, 64, 1, 4, 9, ahead=True)
+
+
+def _narrow_plan(few: bool, K: int, gated: bool) -> Cut:
+    """Few inputs, but too many outputs to start early."""
+    if K > 1024 and not gated:
+        return Cut(16, 256, 3, 2, 4) if few else Cut(16, 256, 2, 4, 4, x_first=True)
+    if few:
+        return Cut(64, 128, 1, 4, 4) if gated else Cut(16, 256, 1, 2, 4)
+    return Cut(16, 128, 1, 4, 4, x_first=True)
+
+
 @triton.jit
 def _rounded(x, dtype: tl.constexpr):
     return x.to(dtype).to(tl.float32)
 
 
 @triton.jit
+def _fetched(
+    a, row, k, room, K: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, POINTERS: tl.constexpr,
+    ROWS_FIT: tl.constexpr, COLUMNS_FIT: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, BK] of a matrix of K columns from (row, k) on; ``a`` describes it, or points to it, with zeros behind its
+    ``room`` rows and its columns unless they FIT."""
+    if POINTERS:
+        r = (row + tl.arange(0, ROWS))[:, None]
+        column = (k + tl.arange(0, BK))[None, :]
+        if ROWS_FIT and COLUMNS_FIT:
+            block = tl.load(a + r * K + column)
+        elif ROWS_FIT:
+            block = tl.load(a + r * K + column, mask=column < K, other=0.0)
+        else:
+            block = tl.load(a + r * K + column, mask=(column < K) & (r < room), other=0.0)
+    else:
+        block = a.load([row, k])
+    return block
+
+
+@triton.jit
 def _sums(
-    x, w, row, first, steps: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GATED: tl.constexpr, X_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    x, w, row, first, M, steps: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, GATED: tl.constexpr, X_FIRST: tl.constexpr, PRECISION: tl.constexpr, POINTERS: tl.constexpr,
+    TALL: tl.constexpr, FIT: tl.constexpr,
 ):  # fmt: skip
     """[BN, BM]: weight rows from ``row`` on, and those N below, times x over ``steps`` blocks from ``first`` on."""
+    acc = tl.zeros((BM, BN) if X_FIRST else (BN, BM), tl.float32)
+    up = tl.zeros((BM, BN) if X_FIRST else (BN, BM), tl.float32)
+    rows: tl.constexpr = 2 * N if GATED else N
+    for step in range(steps):
+        k = first + step * BK
+        v = _fetched(x, 0, k, M, K, BM, BK, POINTERS, TALL, FIT)
+        of_acc = _fetched(w, row, k, rows, K, BN, BK, POINTERS, N % BN == 0, FIT)
+        if X_FIRST:
+            acc = tl.dot(v, tl.trans(of_acc), acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(of_acc, tl.trans(v), acc, input_precision=PRECISION)
+        if GATED:
+            of_up = _fetched(w, N + row, k, rows, K, BN, BK, POINTERS, N % BN == 0, FIT)
+            if X_FIRST:
+                up = tl.dot(v, tl.trans(of_up), up, input_precision=PRECISION)
+            else:
+                up = tl.dot(of_up, tl.trans(v), up, input_precision=PRECISION)
     if X_FIRST:
-        acc = tl.zeros((BM, BN), tl.float32)
-        up = tl.zeros((BM, BN), tl.float32)
-        for step in range(steps):
-            k = first + step * BK
-            v = x.load([0, k])
-            acc = tl.dot(v, tl.trans(w.load([row, k])), acc, input_precision=PRECISION)
-            if GATED:
-                up = tl.dot(v, tl.trans(w.load([N + row, k])), up, input_precision=PRECISION)
         acc, up = tl.trans(acc), tl.trans(up)
-    else:
-        acc = tl.zeros((BN, BM), tl.float32)
-        up = tl.zeros((BN, BM), tl.float32)
-        for step in range(steps):
-            k = first + step * BK
-            v = tl.trans(x.load([0, k]))
-            acc = tl.dot(w.load([row, k]), v, acc, input_precision=PRECISION)
-            if GATED:
-                up = tl.dot(w.load([N + row, k]), v, up, input_precision=PRECISION)
     return acc, up
+
+
+@triton.jit
+def _bring(w, row, first, K: tl.constexpr, BN: tl.constexpr, LENGTH: tl.constexpr):
+    """BN rows, LENGTH numbers of 16 bits each from column ``first`` on, to the L2 cache, by lines of 128 bytes."""
+    line = tl.arange(0, triton.next_power_of_2((LENGTH + 63) // 64))
+    column = tl.minimum(first + 64 * line, K - 1)
+    place = w + (row + tl.arange(0, BN))[:, None] * K + column[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [place], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit(do_not_specialize=["M", "tiles"])
@@ -113,23 +172,37 @@ def _stream(
     x, w, squares, bias, residual, gain, y, scaled, squares_out, partial, arrived, M, tiles, eps,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
     TILES_P: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    SCALED: tl.constexpr, PRECISION: tl.constexpr, X_FIRST: tl.constexpr, EARLY: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr, X_FIRST: tl.constexpr, AHEAD: tl.constexpr, TALL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program multiplies BN weight rows with all of x over one of SPLIT parts of K; the last one to arrive adds the
     parts in their order, so that the sum does not depend on who is last."""
-    start_early(EARLY)
     tile, part = tl.program_id(0), tl.program_id(1)
+    steps: tl.constexpr = ((K + BK - 1) // BK + SPLIT - 1) // SPLIT
+    first = part * steps * BK
+    if AHEAD and EARLY and N % BN == 0:
+        _bring(w, tile * BN, first, K, BN, steps * BK)
+        if GATED:
+            _bring(w, N + tile * BN, first, K, BN, steps * BK)
+    start_early(EARLY)
     dtype: tl.constexpr = y.dtype.element_ty
     m = tl.arange(0, BM)
     if NORM:  # on its way while weights are multiplied
         t = tl.arange(0, TILES_P)
         read = (t < tiles)[:, None] & (m < M)[None, :]
         sums = tl.load(squares + t[:, None] * M + m[None, :], mask=read, other=0.0)
-    steps: tl.constexpr = ((K + BK - 1) // BK + SPLIT - 1) // SPLIT
-    acc, up = _sums(x, w, tile * BN, part * steps * BK, steps, N, BM, BN, BK, GATED, X_FIRST, PRECISION)
     n = tile * BN + tl.arange(0, BN)
     place = n.to(tl.int64)[:, None] + m[None, :] * N
     live = (n < N)[:, None] & (m < M)[None, :]
+    SOON: tl.constexpr = X_FIRST or AHEAD  # few rows of wide products lose by it
+    if RESIDUAL and SOON:
+        added_soon = tl.load(residual + place, mask=live, other=0.0)
+    if SCALED and SOON:
+        gain_soon = tl.load(gain + n, mask=n < N, other=0.0)
+    acc, up = _sums(
+        x, w, tile * BN, first, M, steps, N, K, BM, BN, BK, GATED, X_FIRST, PRECISION, AHEAD, TALL,
+        SPLIT * steps * BK == K,
+    )  # fmt: skip
     last = True
     if SPLIT > 1:
         # As the tensor cores leave it: nothing is turned around on its way out and in.
@@ -155,12 +228,13 @@ def _stream(
         if HAS_BIAS:
             acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
         if RESIDUAL:
-            acc = _rounded(acc, dtype) + tl.load(residual + place, mask=live, other=0.0).to(tl.float32)
+            added = added_soon if SOON else tl.load(residual + place, mask=live, other=0.0)
+            acc = _rounded(acc, dtype) + added.to(tl.float32)
         tl.store(y + place, acc.to(dtype), mask=live)
         if SCALED:
             acc = tl.where(live, _rounded(acc, dtype), 0.0)
             tl.store(squares_out + tile * M + m, tl.sum(acc * acc, 0), mask=m < M)
-            g = tl.load(gain + n, mask=n < N, other=0.0).to(tl.float32)
+            g = (gain_soon if SOON else tl.load(gain + n, mask=n < N, other=0.0)).to(tl.float32)
             tl.store(scaled + place, (acc * g[:, None]).to(dtype), mask=live)
 
 
@@ -175,12 +249,12 @@ def stream(
     norm: tuple[Tensor, float] | None = None,
     cut: Cut | None = None,
 ) -> tuple[Tensor, Scaled | None]:
-    """[M, N] as the module's docstring says, M <= MAX_ROWS, and with ``norm`` (weight, eps) what the norm behind it
-    needs. ``weight`` [N, K], with ``gated`` [2 N, K], gates first. All contiguous; ``fits`` says what is taken."""
+    """[M, N] as the module's docstring says, and with ``norm`` (weight, eps) what the norm behind it needs. ``weight``
+    [N, K], with ``gated`` [2 N, K], gates first. All contiguous, M <= ``most_rows``; ``fits`` says what is taken."""
     values = x.values if isinstance(x, Scaled) else x
     M, K = values.shape
     N = weight.shape[0] // (2 if gated else 1)
-    assert values.is_contiguous() and weight.is_contiguous() and M <= MAX_ROWS
+    assert values.is_contiguous() and weight.is_contiguous() and most_rows(weight) >= M
     assert residual_MN is None or residual_MN.is_contiguous()
     cut = cut or plan(M, N, K, gated)
     tiles = triton.cdiv(N, cut.BN)
@@ -192,16 +266,20 @@ def stream(
     BM = block_rows(M)
     assert cut.split == 1 or (not gated and cut.split * tiles * cut.BN * BM <= len(workspace.partial))
     tiles_in = len(x.squares) if isinstance(x, Scaled) else 0
-    _stream[(tiles, cut.split)](
-        TensorDescriptor(values, [fetched(values), K], [K, 1], [BM, cut.BK]),
+    held = fetched(values)
+    described = (
+        TensorDescriptor(values, [held, K], [K, 1], [BM, cut.BK]),
         TensorDescriptor.from_tensor(weight, [cut.BN, cut.BK]),
+    )
+    _stream[(tiles, cut.split)](
+        *((values, weight) if cut.ahead else described),
         x.squares if isinstance(x, Scaled) else y, y if bias_N is None else bias_N,
         y if residual_MN is None else residual_MN, y if norm is None else norm[0],
         y, y if behind is None else behind.values, y if behind is None else behind.squares,
         workspace.partial, workspace.arrived, M, tiles_in, x.eps if isinstance(x, Scaled) else 0.0,
         N, K, BM, cut.BN, cut.BK, cut.split, max(1, triton.next_power_of_2(tiles_in)), isinstance(x, Scaled), gated,
         bias_N is not None, residual_MN is not None, behind is not None,
-        "ieee" if values.dtype == torch.float32 else "tf32", cut.x_first,
+        "ieee" if values.dtype == torch.float32 else "tf32", cut.x_first, cut.ahead, held == BM,
         num_warps=cut.warps, num_stages=cut.stages, **early(y, weight.nbytes <= EARLY_BYTES),
     )  # fmt: skip
     return y, behind
@@ -211,6 +289,12 @@ def fits(*weights: Tensor) -> bool:
     """Whether the accelerator can read these: rows of a multiple of 16 bytes, and 16-bit numbers, since float32 keeps
     the order in which cuBLAS adds."""
     return all(w.dtype in (torch.bfloat16, torch.float16) and w.shape[1] % 8 == 0 for w in weights)
+
+
+def most_rows(*weights: Tensor) -> int:
+    """How many rows products with all of these take at most."""
+    small = all(w.shape[1] < 2048 and w.nbytes <= EARLY_BYTES for w in weights)
+    return SMALL_ROWS if small else MAX_ROWS
 
 
 @triton.jit
