@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from redrafter.backends.protocol import PromptPart
 from redrafter.backends.torch.load import TorchBackend
 from redrafter.engine import Engine
 from redrafter.params import PLAIN, DecodeConfig, SamplingParams
@@ -274,6 +275,85 @@ def test_short_prompts_are_read_together_and_never_more_than_a_chunk(
         engine.check()
     assert [tokens for tokens in steps if tokens] == [[4, 4], [4], [8], [3]]
     assert list(ids.values()) == expected
+
+
+@pytest.fixture
+def together(backend: TorchBackend, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The backend reads several prompts at once, 12 tokens at most: how many of each, call by call."""
+    monkeypatch.setattr("redrafter.backends.base.PREFILL_CHUNK", 12)
+    monkeypatch.setattr(backend, "reads_together", True)
+    read, calls = backend.prefill_chunks, list[list[int]]()
+
+    def watched(parts: Sequence[PromptPart]) -> Any:
+        found = read(parts)
+        calls.append([end - part.start for part, (_, end) in zip(parts, found, strict=True)])
+        return found
+
+    monkeypatch.setattr(backend, "prefill_chunks", watched)
+    return calls
+
+
+def visits_of(*lengths: int) -> list[Visit]:
+    """All at once, with prompts of these lengths, a prompt's last token not counted."""
+    return [
+        Visit(0, None, [7 + (5 * i + k) % 80 for k in range(n + 1)], SamplingParams(max_new_tokens=9, seed=i))
+        for i, n in enumerate(lengths)
+    ]
+
+
+def test_prompts_are_read_at_once_where_that_saves_time(backend: TorchBackend, together: list[list[int]]) -> None:
+    """As many whole ones as a chunk holds, in their order; a longer one alone; one of a single token with them."""
+    visits = visits_of(4, 5, 4, 3, 0, 30, 2)
+    expected = [run(Engine(backend, PLAIN, prefix_reuse=False), v.prompt, v.params)[0] for v in visits]
+    together.clear()
+    answers = play(Engine(backend, TREE, max_batch=7, prefix_reuse=False), visits)
+    assert together == [[4, 5], [4, 3], [12], [12], [6, 2]]
+    assert [answer.ids for answer in answers] == expected
+
+
+def test_a_prompt_that_begins_like_one_being_read_waits_for_it(
+    backend: TorchBackend, together: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("redrafter.prefix.WORTH_WAITING", 3)
+    first, other, same = visits_of(5, 4, 5)
+    same.prompt[:5] = first.prompt[:5]
+    backend.held.clear()
+    play(Engine(backend, TREE, max_batch=3), [first, other, same])
+    assert together == [[5, 4], [1]], "four of the last one's tokens are copied"
+
+
+def test_of_prompts_read_at_once_one_fails_alone(
+    backend: TorchBackend, together: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visits = visits_of(3, 3, 3)
+    visits[1].prompt[1] = 66
+    expected = [run(Engine(backend, PLAIN, prefix_reuse=False), v.prompt, v.params)[0] for v in visits]
+    read = backend.prefill_chunks
+
+    def broken(parts: Sequence[PromptPart]) -> Any:
+        if any(66 in part.token_ids for part in parts):
+            raise RuntimeError("whatever")
+        return read(parts)
+
+    monkeypatch.setattr(backend, "prefill_chunks", broken)
+    answers = play(Engine(backend, TREE, max_batch=3, prefix_reuse=False), visits)
+    assert [answer.reason for answer in answers] == ["length", "error", "length"]
+    assert [answers[i].ids for i in (0, 2)] == [expected[i] for i in (0, 2)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_traffic_whose_prompts_are_read_at_once(
+    backend: TorchBackend, together: list[list[int]], monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr("redrafter.backends.base.PREFILL_CHUNK", 40)
+    visits = random_visits(seed=seed, count=9, longest=30, cancels=2)
+    one_by_one = play(Engine(backend, PLAIN, max_batch=1), visits)
+    for prefix_reuse in (False, True):
+        at_once = play(Engine(backend, TREE, max_batch=4, prefix_reuse=prefix_reuse), visits)
+        for mine, alone in zip(at_once, one_by_one, strict=True):
+            if "cancelled" not in (mine.reason, alone.reason):
+                assert mine.ids == alone.ids
+    assert max(map(len, together)) > 1
 
 
 def test_who_comes_while_a_prompt_is_read_joins_in_the_same_step(backend: TorchBackend) -> None:

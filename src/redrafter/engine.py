@@ -1,8 +1,9 @@
 """Requests, rows, steps: ``add``, ``step``, ``cancel`` are the whole interface. Token ids only; text is upstairs.
 
 Running requests occupy rows 0..n-1 without gaps, so that a step computes nothing for the absent; when one ends, the
-last row takes its place. One prompt at a time is read, into a row behind them, and of all prompts together about a
-chunk per step. The other rows keep what ended requests left there until they are needed, for prompts that begin alike.
+last row takes its place. Prompts are read into the rows behind them, of all together about a chunk per step: one at a
+time or, where that saves time, as many whole ones as a chunk holds. The other rows keep what ended requests left there
+until they are needed, for prompts that begin alike.
 """
 
 from __future__ import annotations
@@ -10,53 +11,19 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from redrafter.algorithm.ops import Array
 from redrafter.algorithm.sampling import Sampling
 from redrafter.algorithm.step import DecodeState
-from redrafter.backends import base
-from redrafter.backends.protocol import Backend, Outcome, SamplingHistory
+from redrafter.backends.protocol import Backend, Outcome, PromptPart, SamplingHistory
 from redrafter.batch import MAX_PENDING, append, first_state, join, last_pair, of_width, take_rows
-from redrafter.errors import (
-    InvalidRequest,
-    NonFiniteLogits,
-    OutOfMemory,
-    Overloaded,
-    RedrafterError,
-    RequestFailed,
-    is_out_of_memory,
-)
+from redrafter.errors import InvalidRequest, NonFiniteLogits, Overloaded, RedrafterError, named
 from redrafter.params import PLAIN, DecodeConfig, SamplingParams
 from redrafter.policy import Fixed, Policy
 from redrafter.prefix import Prefixes
-from redrafter.requests import EngineLoad, Event, Request, RequestStatistics, StepTree
+from redrafter.requests import EngineLoad, Event, Flight, Prefill, Request, RequestStatistics, StepTree
 
 __all__ = ["Backend", "Engine", "EngineLoad", "Event", "RequestStatistics", "SamplingHistory", "first_state"]
-
-
-@dataclass
-class _Prefill:
-    """A prompt on its way into the cache."""
-
-    request: Request
-    row: int
-    started: float
-    features: Array | None = None
-    """of the last token read here"""
-
-
-@dataclass
-class _Flight:
-    """A step that was launched and whose outcome the host has not read."""
-
-    requests: list[Request]
-    config: DecodeConfig
-    handle: Any
-    launched: float
-    alone: bool
-    """no prompt was read and no row left just before it or while it ran: its time is a step's"""
 
 
 class Engine:
@@ -84,10 +51,11 @@ class Engine:
         self.prefix_reuse = prefix_reuse
         self._prefixes = Prefixes(backend)
         self._waiting: deque[Request] = deque()
-        self._prefilling: _Prefill | None = None
+        self._prefilling: list[Prefill] = []
+        """between steps at most one, which is longer than a chunk"""
         self._running: list[Request] = []
         self._state: DecodeState | None = None
-        self._flights: deque[_Flight] = deque()
+        self._flights: deque[Flight] = deque()
         self._landed = 0.0
         self._moved = False
         """whether rows changed places since the last launch"""
@@ -114,7 +82,7 @@ class Engine:
     def load(self) -> EngineLoad:
         used = sum(request.cached for request in self._running)
         allocated = self.backend.rows * self.backend.slots
-        waiting = len(self._waiting) + (self._prefilling is not None)
+        waiting = len(self._waiting) + len(self._prefilling)
         share = used / allocated if allocated else 0.0
         return EngineLoad(len(self._running), waiting, used, len(self.backend.held), share)
 
@@ -159,7 +127,7 @@ class Engine:
             elif request in self._waiting:
                 self._waiting.remove(request)
             else:
-                self._abandon()
+                self._abandon(request)
 
     def cancel_all(self) -> None:
         """End every request now. After an exception in ``step`` it makes the engine usable again."""
@@ -168,13 +136,14 @@ class Engine:
         self._waiting.clear()
         self._running.clear()
         self._flights.clear()
-        self._prefilling = self._state = None
+        self._prefilling.clear()
+        self._state = None
 
     def step(self, arrive: Callable[[], None] | None = None) -> list[Event]:
         """Read a chunk of waiting prompts, advance every running request by one step, say what happened. ``arrive`` is
         called after each prompt and may ``add`` and ``cancel``: who came while it was read joins in the same step."""
         read = 0
-        while more := self._prefill(base.PREFILL_CHUNK - read):
+        while more := self._prefill(self.backend.prompt_chunk - read):
             read += more
             if arrive is not None:
                 arrive()
@@ -193,8 +162,9 @@ class Engine:
         assert not any(r.ended for r in requests)
         assert (self._state is None) == (count == 0)
         assert self._state is None or all(x.shape[0] == count for x in (self._state.root, *self._state.reading))
-        taken = set(range(count)) | ({self._prefilling.row} if self._prefilling else set())
-        assert len(taken) == count + (self._prefilling is not None), "a prompt is read into a running request's row"
+        taken = set(range(count)) | {task.row for task in self._prefilling}
+        assert len(taken) == count + len(self._prefilling), "a prompt is read into a running request's row"
+        assert len(self._prefilling) <= 1
         assert not taken & set(self.backend.held), "a row in use is named as free"
         assert max((*taken, *self.backend.held), default=-1) < max(self.backend.rows, count)
         assert len(self._flights) <= (1 if self.backend.run_ahead else 0)
@@ -205,34 +175,50 @@ class Engine:
             assert request.cached == known <= length <= known + self._in_flight(request)
 
     def _requests(self) -> list[Request]:
-        prefilling = [self._prefilling.request] if self._prefilling else []
-        return [*self._waiting, *prefilling, *self._running]
+        return [*self._waiting, *(task.request for task in self._prefilling), *self._running]
 
     def _prefill(self, most: int) -> int:
-        """Read a chunk of a waiting prompt, unless it is longer than ``most``; how many tokens. The last prompt token
-        is left: it is the root, and the request's first step is a step like any other."""
-        while self._prefilling is None and self._waiting and len(self._running) < self.max_batch:
+        """Read a chunk of the prompt that waits longest, unless it is longer than ``most`` tokens, and where that saves
+        time the next ones with it; how many tokens."""
+        tasks, chunk = self._prefilling, self.backend.prompt_chunk
+        while self._waiting and len(self._running) + len(tasks) < self.max_batch:
+            left = most - sum(task.left for task in tasks)
+            if tasks and not self._reads_with(tasks, self._waiting[0], left):
+                break
             self._admit(self._waiting.popleft())
-        task = self._prefilling
-        if task is None:
+        counts = [min(task.left, chunk) for task in tasks]
+        if not tasks or counts[0] > most:
             return 0
-        request, backend = task.request, self.backend
-        prompt, before = request.prompt_ids[:-1], request.cached
-        if min(len(prompt) - before, base.PREFILL_CHUNK) > most:
-            return 0
+        self._read(list(tasks))
+        while self._prefilling and not self._prefilling[0].left:
+            self._join(self._prefilling.pop(0))
+        return sum(counts)
+
+    def _reads_with(self, tasks: list[Prefill], request: Request, left: int) -> bool:
+        """Whether a waiting prompt is read at once with these, which leave room for so many tokens."""
+        if not self.backend.reads_together or len(request.prompt_ids) - 1 > left:
+            return False
+        return not (self.prefix_reuse and self._prefixes.waits(request, [task.request for task in tasks]))
+
+    def _read(self, tasks: list[Prefill]) -> None:
+        """The next chunk of each. The last prompt token is left: it is the root, and the request's first step is a step
+        like any other."""
+        backend, tasks = self.backend, [task for task in tasks if task.left]
+        texts = [(task.row, task.request.prompt_ids[:-1], task.request.cached, task.features) for task in tasks]
         try:
-            if before < len(prompt):
-                task.features, request.cached = backend.prefill_chunk(task.row, prompt, request.cached, task.features)
-                request.pairs = request.cached - 1
-                if not self._flights:
-                    backend.synchronize()
+            found = backend.prefill_chunks([PromptPart(*text) for text in texts]) if texts else []
+            if texts and not self._flights:
+                backend.synchronize()
         except Exception as error:  # noqa: BLE001 - whatever it was, it was this request's, and the others go on
-            self._finish(request, "error", _named(request, error))
-            self._prefilling = None
-            return most
-        if request.cached == len(prompt):
-            self._join(task)
-        return request.cached - before
+            if len(tasks) > 1:
+                for task in tasks:
+                    self._read([task])
+                return
+            self._finish(tasks[0].request, "error", named(tasks[0].request.request_id, error))
+            self._prefilling.remove(tasks[0])
+            return
+        for task, (features, cached) in zip(tasks, found, strict=True):
+            task.features, task.request.cached, task.request.pairs = features, cached, cached - 1
 
     def _admit(self, request: Request) -> None:
         """Make room for the request and take what its prompt shares with a text in the cache."""
@@ -242,27 +228,26 @@ class Engine:
             tokens += max(s.draft_length + 1 for s in shapes)
         now = time.perf_counter()
         request.statistics.queue_seconds = now - request.added
-        row = len(self._running)
+        row = len(self._running) + len(self._prefilling)
         try:
             self.backend.reserve(row + 1, tokens)
             running = self._running if self.prefix_reuse else None
             request.cached = request.pairs = self._prefixes.claim(row, request, running, self.max_batch)
         except Exception as error:  # noqa: BLE001 - as above
-            self._finish(request, "error", _named(request, error))
+            self._finish(request, "error", named(request.request_id, error))
             return
         request.statistics.reused_tokens = request.cached
-        self._prefilling = _Prefill(request, row, now)
+        self._prefilling.append(Prefill(request, row, now))
 
-    def _abandon(self) -> None:
+    def _abandon(self, request: Request) -> None:
         """Stop reading a prompt; what was read of it may serve another."""
-        assert self._prefilling is not None
+        task = next(task for task in self._prefilling if task.request is request)
         if self.prefix_reuse:
-            self._prefixes.park(self._prefilling.row, self._prefilling.request)
-        self._prefilling = None
+            self._prefixes.park(task.row, request)
+        self._prefilling.remove(task)
 
-    def _join(self, task: _Prefill) -> None:
+    def _join(self, task: Prefill) -> None:
         request, row, backend = task.request, len(self._running), self.backend
-        self._prefilling = None
         request.statistics.prefill_seconds = time.perf_counter() - task.started
         self._prefixes.relocate(task.row, row, request.cached)
         features = backend.no_features() if task.features is None else task.features
@@ -299,7 +284,7 @@ class Engine:
             state = state._replace(reading=self._pending(before, state))
         handle = backend.fetch(accepted, tree)
         self._state = state
-        self._flights.append(_Flight(list(self._running), config, handle, launched, alone and not self._moved))
+        self._flights.append(Flight(list(self._running), config, handle, launched, alone and not self._moved))
         self._moved = False
         return True
 
@@ -311,7 +296,7 @@ class Engine:
             return last_pair(self.backend.ops, reading)
         return reading
 
-    def _land(self, flight: _Flight) -> None:
+    def _land(self, flight: Flight) -> None:
         """Read a step's outcome and hand it out, request by request. Who ended meanwhile gets nothing of it."""
         outcome, config = self.backend.read(flight.handle), flight.config
         now = time.perf_counter()
@@ -386,14 +371,3 @@ class Engine:
         request.ended = True
         request.statistics.seconds = time.perf_counter() - request.added
         self._events.append(Event(request.request_id, (), 0, reason, error, request.statistics))
-
-
-def _named(request: Request, error: Exception) -> RedrafterError:
-    if isinstance(error, RedrafterError):
-        return error
-    if is_out_of_memory(error):
-        return OutOfMemory(f"request {request.request_id!r}: there was no memory to read its prompt: shorten it")
-    first_line = (str(error).strip().splitlines() or [""])[0]
-    return RequestFailed(
-        f"request {request.request_id!r}: its prompt was not read: {type(error).__name__} {first_line}"
-    )

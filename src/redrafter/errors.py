@@ -58,3 +58,13 @@ class TrainingDiverged(RedrafterError):
 def is_out_of_memory(error: BaseException) -> bool:
     """Ours, Python's, or that of a framework, told by its name."""
     return isinstance(error, OutOfMemory | MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def named(request_id: str, error: Exception) -> RedrafterError:
+    """What a request whose prompt could not be read is told."""
+    if isinstance(error, RedrafterError):
+        return error
+    if is_out_of_memory(error):
+        return OutOfMemory(f"request {request_id!r}: there was no memory to read its prompt: shorten it")
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    return RequestFailed(f"request {request_id!r}: its prompt was not read: {type(error).__name__} {first_line}")

@@ -14,6 +14,9 @@ from collections.abc import Sequence
 from redrafter.backends.protocol import Backend, HeldRow
 from redrafter.requests import Request
 
+WORTH_WAITING = 64
+"""Tokens: so long a beginning takes longer to read twice than to copy."""
+
 
 class Prefixes:
     """Where the engine's requests find a row, and what they leave there (``Backend.held``)."""
@@ -73,6 +76,12 @@ class Prefixes:
         if self.backend.drafter is not None:
             most = min(most, text.pairs)
         return max(0, min(most, _common(request.prompt_ids, text.ids) - 1))
+
+    @staticmethod
+    def waits(request: Request, others: Sequence[Request]) -> bool:
+        """Whether the prompt had better be read after one of these, since much of it is the same."""
+        same = (other.prompt_ids for other in others if other.salt == request.salt)
+        return any(_common(request.prompt_ids, ids) > WORTH_WAITING for ids in same)
 
     def relocate(self, source: int, to: int, tokens: int) -> None:
         """A prompt that was read into row ``source`` takes its place among the running."""

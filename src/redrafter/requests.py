@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+from redrafter.algorithm.ops import Array
 from redrafter.backends.protocol import Outcome
 from redrafter.errors import RedrafterError
 from redrafter.params import DecodeConfig, SamplingParams
@@ -187,6 +188,34 @@ class Request:
                 strict=True,
             )
         )
+
+
+@dataclass(eq=False)
+class Prefill:
+    """A prompt on its way into the cache."""
+
+    request: Request
+    row: int
+    started: float
+    features: Array | None = None
+    """of the last token read here"""
+
+    @property
+    def left(self) -> int:
+        """Tokens to be read: the last one of a prompt is the root of its first step."""
+        return len(self.request.prompt_ids) - 1 - self.request.cached
+
+
+@dataclass
+class Flight:
+    """A step that was launched and whose outcome the host has not read."""
+
+    requests: list[Request]
+    config: DecodeConfig
+    handle: Any
+    launched: float
+    alone: bool
+    """no prompt was read and no row left just before it or while it ran: its time is a step's"""
 
 
 class EngineLoad(NamedTuple):

@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be tested")
 
+from redrafter.backends.protocol import PromptPart
 from redrafter.backends.torch.attention import EXACT, FAST, KERNEL
 from redrafter.backends.torch.cuda import GraphBackend
 from redrafter.backends.torch.drafter import Drafter
@@ -140,7 +141,8 @@ def test_a_graph_serves_every_step_of_its_kind() -> None:
 def test_what_is_prepared_lasts_to_the_contexts_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """No request makes the cache move, which would drop all graphs: here a prompt and an answer that fill it."""
     for module in ("cuda", "prompt"):  # the interpreter takes two minutes for two hundred tokens
-        monkeypatch.setattr(f"redrafter.backends.torch.{module}.LENGTHS", (16,))
+        for name, value in (("LENGTHS", (16,)), ("SEGMENT", 8), ("MANY", (4,)), ("MOST", 32)):
+            monkeypatch.setattr(f"redrafter.backends.torch.{module}.{name}", value)
     plain, recorded = make("plain", FAST, context=24), make("graph", KERNEL, rows=0, context=24)
     recorded.prepare(2, [SHAPE, PLAIN])
     assert (recorded.rows, recorded.slots) == (2, 24 + 16)
@@ -152,29 +154,66 @@ def test_what_is_prepared_lasts_to_the_contexts_end(monkeypatch: pytest.MonkeyPa
     assert (recorded.rows, recorded.slots) == (2, 24 + 16)
 
 
+def text(tokens: int, seed: int = 0) -> list[int]:
+    return [(7 * i + seed) % (VOCAB - 3) + 3 for i in range(tokens)]
+
+
+def assert_rows_hold_the_same(recorded: TorchBackend, plain: TorchBackend, row: int, tokens: int) -> None:
+    """What reading so many tokens leaves in a row of every cache."""
+    for name in ("keys", "values"):
+        mine, theirs = (getattr(b.target.cache, name)[:, row, :, :tokens] for b in (recorded, plain))
+        torch.testing.assert_close(mine, theirs.to(mine.dtype), rtol=1e-4, atol=1e-5)
+    assert isinstance(recorded.drafter, TorchDrafter) and isinstance(plain.drafter, TorchDrafter)
+    for name in ("_keys", "_values"):
+        mine, theirs = (getattr(b.drafter, name)[0][row, :, : tokens - 1] for b in (recorded, plain))
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_a_prompt_is_read_as_in_chunks() -> None:
     """The graph that reads a prompt, in one go and behind a part already read, in any row, against the plain way."""
     plain, recorded = make("plain", FAST), make("graph", KERNEL)
     plain.reserve(3, 264)
-    prompt = [(7 * i) % (VOCAB - 3) + 3 for i in range(21)]
+    prompt = text(21)
     for row, cut in ((0, 0), (2, 0), (1, 9)):
         last, twin = None, None
         if cut:
-            last, _ = recorded.prefill_chunk(row, prompt[:cut], 0, None)
+            [(last, _)] = recorded.prefill_chunks([PromptPart(row, prompt[:cut], 0, None)])
             twin, _ = plain.prefill_chunk(row, prompt[:cut], 0, None)
-        last, end = recorded.prefill_chunk(row, prompt, cut, last)
+        [(last, end)] = recorded.prefill_chunks([PromptPart(row, prompt, cut, last)])
         twin, _ = plain.prefill_chunk(row, prompt, cut, twin)
         assert end == 21
         torch.testing.assert_close(last, twin, rtol=1e-4, atol=1e-5)
-        for mine, theirs in (
-            (recorded.target.cache.keys[:, row], plain.target.cache.keys[:, row]),
-            (recorded.target.cache.values[:, row], plain.target.cache.values[:, row]),
-        ):
-            torch.testing.assert_close(mine[:, :, :21], theirs[:, :, :21].to(mine.dtype), rtol=1e-4, atol=1e-5)
-        assert isinstance(recorded.drafter, TorchDrafter) and isinstance(plain.drafter, TorchDrafter)
-        for name in ("_keys", "_values"):
-            mine, theirs = getattr(recorded.drafter, name)[0][row], getattr(plain.drafter, name)[0][row]
-            torch.testing.assert_close(mine[:, :20], theirs[:, :20], rtol=1e-4, atol=1e-5)
+        assert_rows_hold_the_same(recorded, plain, row, 21)
+
+
+def test_several_prompts_and_a_long_one_are_read_in_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 5 tokens, of 19 in three segments, of 17 behind 6 already read, and of 11 behind 4 whose last pair the drafter
+    has; more than one graph holds. A second time other texts: nothing is left of the first ones."""
+    for name, value in (("LENGTHS", (8,)), ("SEGMENT", 8), ("MANY", (2, 4))):
+        monkeypatch.setattr(f"redrafter.backends.torch.prompt.{name}", value)
+    plain, recorded = make("plain", FAST, rows=4), make("graph", KERNEL, rows=4)
+    plain.reserve(4, 264)
+    for seed in (0, 40):
+        texts = [text(n, seed + i) for i, n in enumerate((5, 19, 17, 11))]
+        parts, twins = [], []
+        for row, (ids, start) in enumerate(zip(texts, (0, 0, 6, 4), strict=True)):
+            before, twin = None, None
+            if start:
+                [(before, _)] = recorded.prefill_chunks([PromptPart(row, ids[:start], 0, None)])
+                twin, _ = plain.prefill_chunk(row, ids[:start], 0, None)
+            if row == 3:  # the pair of the token before is there
+                before = twin = None
+                for backend in (plain, recorded):
+                    for cache in (*backend.drafter._keys, *backend.drafter._values):  # type: ignore[union-attr]
+                        cache[row, :, start - 1] = seed + 0.5
+            parts.append(PromptPart(row, ids, start, before))
+            twins.append(plain.prefill_chunk(row, ids, start, twin)[0])
+        found = recorded.prefill_chunks(parts)
+        assert [end for _, end in found] == [5, 19, 17, 11]
+        for (last, _), twin in zip(found, twins, strict=True):
+            torch.testing.assert_close(last, twin, rtol=1e-4, atol=1e-5)
+        for row, ids in enumerate(texts):
+            assert_rows_hold_the_same(recorded, plain, row, len(ids))
 
 
 def test_the_control_for_forks_in_recorded_steps() -> None:

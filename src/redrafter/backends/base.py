@@ -17,7 +17,7 @@ from redrafter.algorithm.ops import Array
 from redrafter.algorithm.sampling import Penalties, Sampling
 from redrafter.algorithm.step import STAGES, DecodeState, Stages, step
 from redrafter.algorithm.tree import TokenTree, unmerged_tokens
-from redrafter.backends.protocol import HeldRow, Outcome, SamplingHistory
+from redrafter.backends.protocol import HeldRow, Outcome, PromptPart, SamplingHistory
 from redrafter.params import MAX_LOGPROBS, DecodeConfig
 
 PREFILL_CHUNK = 256
@@ -45,6 +45,7 @@ class BaseBackend:
     target: Any
     drafter: Any
     run_ahead: bool = False
+    reads_together: bool = False
     stages: Stages = STAGES
     """how the parts of a step are done; to be changed inside ``recorded_anew`` only"""
 
@@ -52,6 +53,10 @@ class BaseBackend:
     def held(self) -> dict[int, HeldRow]:
         """What ended requests left in the rows: it belongs to the caches, whichever engine uses them."""
         return {}
+
+    @property
+    def prompt_chunk(self) -> int:
+        return PREFILL_CHUNK
 
     @property
     def graphs(self) -> int | None:
@@ -130,8 +135,11 @@ class BaseBackend:
         self.held.pop(row, None)
         last, done = None, 0
         while done < len(token_ids):
-            last, done = self.prefill_chunk(row, token_ids, done, last)
+            [(last, done)] = self.prefill_chunks([PromptPart(row, token_ids, done, last)])
         return self.no_features() if last is None else last
+
+    def prefill_chunks(self, parts: Sequence[PromptPart]) -> list[tuple[Array, int]]:
+        return [self.prefill_chunk(*part) for part in parts]
 
     def prefill_chunk(self, row: int, token_ids: Sequence[int], start: int, before: Array | None) -> tuple[Array, int]:
         end = min(start + PREFILL_CHUNK, len(token_ids))

@@ -54,6 +54,16 @@ class HeldRow(NamedTuple):
     """when it was left (``time.perf_counter``)"""
 
 
+class PromptPart(NamedTuple):
+    """A text of which a row holds the first ``start`` tokens: the next ones are to be read."""
+
+    row: int
+    token_ids: Sequence[int]
+    start: int
+    before: Array | None
+    """features [F] of token start - 1, None where the drafter has its pair"""
+
+
 class Backend(Protocol):
     ops: Any
     target: Any
@@ -64,6 +74,13 @@ class Backend(Protocol):
     eos_ids: frozenset[int]
     run_ahead: bool
     """the engine launches a step before it reads the one before, so that the device never waits for the host"""
+
+    reads_together: bool
+    """reading several prompts at once takes less time than one after the other"""
+
+    @property
+    def prompt_chunk(self) -> int:
+        """Tokens of a prompt that are read at once."""
 
     @property
     def held(self) -> dict[int, HeldRow]:
@@ -104,9 +121,9 @@ class Backend(Protocol):
     def prefill(self, row: int, token_ids: Sequence[int]) -> Array:
         """Read the tokens into an empty row of target and drafter; features [F] of the last, zeros if there is none."""
 
-    def prefill_chunk(self, row: int, token_ids: Sequence[int], start: int, before: Array | None) -> tuple[Array, int]:
-        """Read the next tokens of a text of which ``start`` are in the row: features [F] of the last one read, and how
-        many are in the row now. ``before``: features of token start - 1, None where the drafter has its pair."""
+    def prefill_chunks(self, parts: Sequence[PromptPart]) -> list[tuple[Array, int]]:
+        """Read the next ``prompt_chunk`` tokens of texts in different rows, or what they have: of each, features [F] of
+        the last token read, and how many are in its row now."""
 
     def copy_prefix(self, source: int, to: int, tokens: int) -> None:
         """The first ``tokens`` slots of row ``to`` become those of row ``source``, in every cache."""

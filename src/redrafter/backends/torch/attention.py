@@ -115,14 +115,14 @@ def mask_for(visible_BNS: Tensor, groups: int, exact: bool) -> Tensor:
     return mask.masked_fill_(~visible_BNS, float("-inf"))[:, None].repeat(1, 1, groups, 1)
 
 
-def chain_mask(tokens: int, start_1: Tensor, row_1: Tensor) -> Tensor:
-    """What the kernel takes for tokens that follow each other, [1, 1, T, 4]: ancestor words, how many tokens are before
+def chain_mask(tokens: int, start_B: Tensor, row_B: Tensor) -> Tensor:
+    """What the kernel takes for tokens that follow each other, [B, 1, T, 4]: ancestor words, how many tokens are before
     them, the row of the cache."""
     from redrafter.backends.torch.kernels.attention import ancestor_words  # needs triton
 
-    words = ancestor_words(torch.ones(1, tokens, tokens, dtype=torch.bool, device=start_1.device).tril())
-    ends = torch.stack([start_1, row_1], dim=1)[:, None].expand(-1, tokens, 2)
-    return torch.cat([words, ends], dim=2)[:, None]
+    words = ancestor_words(torch.ones(1, tokens, tokens, dtype=torch.bool, device=start_B.device).tril())
+    ends = torch.stack([start_B, row_B], dim=1)[:, None].expand(-1, tokens, 2)
+    return torch.cat([words.expand(len(start_B), -1, -1), ends], dim=2)[:, None]
 
 
 def mask_parts(mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -85,25 +85,25 @@ class TorchDrafter:
         attend = self._attention(slice(row, row + position_BT.shape[0]), position_BT)
         return self.drafter.context(features, next_BTD, position_BT, attend)
 
-    def read_at(self, reading: Reading, row_1: Tensor) -> None:
-        """Keep the keys and values of one text's pairs in a row that only the device knows. A pair at position -1 is
-        left out."""
+    def read_at(self, reading: Reading, row_B: Tensor, kept_BT: Tensor) -> None:
+        """Keep the keys and values of these pairs in rows that only the device knows; those of one text see each
+        other. The other pairs are left out."""
         if not self._keys:
             return
-        position_1T = reading.first[:, None] + torch.arange(reading.tokens.shape[1], device=row_1.device)
-        slot_T = torch.where(position_1T < 0, self._keys[0].shape[2] - 1, position_1T)[0]
-        slots = torch.arange(self._keys[0].shape[2], device=row_1.device)[None]
+        slots = self._keys[0].shape[2]
+        position_BT = reading.first[:, None] + torch.arange(reading.tokens.shape[1], device=row_B.device)
+        slot_BT = torch.where(kept_BT, position_BT, slots - 1)
         # Position -1 sees what position 0 sees: with nothing to see it would become NaN.
-        mask = self.drafter.trunk.visible(position_1T.clamp(min=0), slots)
+        mask = self.drafter.trunk.visible(position_BT.clamp(min=0), torch.arange(slots, device=row_B.device)[None])
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             for cache, new in ((self._keys[layer], k), (self._values[layer], v)):
-                cache[row_1, :, slot_T] = new[0].transpose(0, 1)
-            keys, values = (cache[layer].index_select(0, row_1) for cache in (self._keys, self._values))
+                cache[row_B[:, None], :, slot_BT] = new.transpose(1, 2)
+            keys, values = (cache[layer].index_select(0, row_B) for cache in (self._keys, self._values))
             return masked_attention(q, keys, values, mask)
 
         next_BTD = self._embed(reading.tokens)
-        self.drafter.context(reading.features.to(next_BTD.dtype), next_BTD, position_1T, attend)
+        self.drafter.context(reading.features.to(next_BTD.dtype), next_BTD, position_BT, attend)
 
     def _first(self, reading: Reading) -> Tensor:
         """[B]: the position of every row's pair 0; that of a text of one token is named -1."""

@@ -64,9 +64,10 @@ class KVCache:
         self._slot_BN = slot_BN
         self._limit = limit
 
-    def moved(self, row_1: Tensor, slot_1N: Tensor) -> Tensor:
-        """Slots of a row that only the device knows, counted from the first row's."""
-        return row_1[:, None] * (self.heads * self.slots) + slot_1N
+    def moved(self, row_B: Tensor, slot_BN: Tensor) -> Tensor:
+        """Slots of rows that only the device knows, counted from those of rows 0, 1, 2, .. for the kernels to write."""
+        away_B = row_B - torch.arange(len(row_B), device=row_B.device)
+        return away_B[:, None] * (self.heads * self.slots) + slot_BN
 
     def first_slots(self, lengths_B: Tensor, tokens: int) -> Tensor:
         """[B]: where the next ``tokens`` tokens of every row begin."""

@@ -107,13 +107,14 @@ class TorchTarget:
         self._forward(self._base, token_ids[None], position_1T, mask)
         return self._features()[0]
 
-    def read_chain(self, token_ids: Tensor, start_1: Tensor, row_1: Tensor) -> Tensor:
-        """``prefill`` of up to ``MAX_NODES`` tokens [1, T] whose row and start [1] lie on the device: one graph serves
-        all. Needs the kernels' attention and cache."""
-        position_1T = start_1[:, None] + torch.arange(token_ids.shape[1], device=self.device)
-        self.cache.place(0, self.cache.moved(row_1, position_1T), self.cache.slots)
-        self._forward(self._base, token_ids, position_1T, chain_mask(token_ids.shape[1], start_1, row_1))
-        return self._features()[0]
+    def read_chain(self, token_ids: Tensor, start_B: Tensor, row_B: Tensor, slot_B: Tensor) -> Tensor:
+        """Parts of texts, [B, T] tokens from position ``start_B`` and slot ``slot_B`` of row ``row_B`` on, T at most
+        ``MAX_NODES``: features [B, T, F]. Rows and places lie on the device: one graph serves all. Parts of one text
+        see each other. Needs the kernels' attention and cache."""
+        step_T = torch.arange(token_ids.shape[1], device=self.device)
+        self.cache.place(0, self.cache.moved(row_B, slot_B[:, None] + step_T), self.cache.slots)
+        self._forward(self._base, token_ids, start_B[:, None] + step_T, chain_mask(len(step_T), start_B, row_B))
+        return self._features()
 
     def verify(self, tree: TokenTree, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
         nodes = tree.tokens.shape[1]

@@ -74,8 +74,7 @@ def _tree_attention(
     BM: tl.constexpr, BN: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     MOVED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    part = tl.program_id(0)
-    tile = tl.program_id(1)
+    part, tile = tl.program_id(0), tl.program_id(1)
     row = (tl.program_id(2) // KV_HEADS).to(tl.int64)
     kv = tl.program_id(2) % KV_HEADS
     r = tile * BM + tl.arange(0, BM)

@@ -186,12 +186,11 @@ def _stream(
             _bring(w, N + tile * BN, first, K, BN, steps * BK)
     start_early(EARLY)
     dtype: tl.constexpr = y.dtype.element_ty
-    m = tl.arange(0, BM)
+    m, n = tl.arange(0, BM), tile * BN + tl.arange(0, BN)
     if NORM:  # on its way while weights are multiplied
         t = tl.arange(0, TILES_P)
         read = (t < tiles)[:, None] & (m < M)[None, :]
         sums = tl.load(squares + t[:, None] * M + m[None, :], mask=read, other=0.0)
-    n = tile * BN + tl.arange(0, BN)
     place = n.to(tl.int64)[:, None] + m[None, :] * N
     live = (n < N)[:, None] & (m < M)[None, :]
     SOON: tl.constexpr = X_FIRST or AHEAD  # few rows of wide products lose by it
