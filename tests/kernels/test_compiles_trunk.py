@@ -8,7 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be compiled")
-from redrafter.backends.torch.kernels import cell, early, trunk, window
+from redrafter.backends.torch.kernels import cell, copies, early, trunk, window
 from tests.kernels.test_compiles import Compiled
 
 
@@ -17,7 +17,8 @@ def done(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> list[str]:
     names: list[str] = []
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(early, "_hopper", lambda device: True)
-    for module, name in ((cell, "_gru"), (cell, "_block"), (trunk, "_scaled_parts"), (window, "_window_attention")):
+    kernels = ((cell, "_gru"), (cell, "_block"), (cell, "_small_block"), (copies, "_copies"))
+    for module, name in (*kernels, (trunk, "_scaled_parts"), (window, "_window_attention")):
         monkeypatch.setattr(module, name, Compiled(getattr(module, name), names))
     return names
 
@@ -34,5 +35,8 @@ def test_trunk_and_cell_compile(done: list[str], dtype: torch.dtype) -> None:
     state = torch.zeros(2, 8, 576, dtype=dtype)
     cell.gru_step(table, tokens[:, :8].contiguous(), state, tokens[:, :8].contiguous(), u, table[0])
     cell.gru_step(table, tokens[:, -1:], state[:, :1].contiguous(), None, u, table[0])
-    cell.residual_block(state[0], u[:1152], state[:1, 0].expand(8, 576).repeat(1, 2))
-    assert done == ["_scaled_parts", "_window_attention", "_window_attention", "_gru", "_gru", "_block"]
+    for rows in (8, 32):
+        cell.residual_block(torch.zeros(rows, 576, dtype=dtype), u[:1152], table[:rows, :1152])
+    copies.copy_together([(state, state), (tokens, tokens)])
+    cells = ["_gru", "_gru", "_small_block", "_block"]
+    assert done == ["_scaled_parts", "_window_attention", "_window_attention", *cells, "_copies"]

@@ -37,6 +37,7 @@ STEP_PAIRS = 16
 """The trunk's kernel is compiled for every number of pairs: for those of a step, not for every length of a prompt."""
 WIDE_HEAD, HEAD_ROWS = 512, 16
 """Inputs from which, and rows up to which, a head's product was measured."""
+COUNTERS = 1024
 IN_FLIGHT = 3
 """Pinned buffers per kind of outcome: one being read, one on its way, one being launched."""
 
@@ -205,6 +206,8 @@ class KernelDrafter(TorchDrafter):
             parts = weight.split([config.width, config.state_size], 1)
             self._of_context, self._of_state = (part.contiguous() for part in parts)
         self._last_context: LastContext | None = None
+        self.arrived = torch.zeros(COUNTERS, dtype=torch.int32, device=drafter.token_ids.device)
+        """counters of the beam search, a row each, which it leaves at zero"""
         if embedding is not None and LastContext.exists(drafter):
             self._last_context = LastContext(drafter, embedding)
 
@@ -319,7 +322,7 @@ def _draft(ops: Ops, drafter: Any, reading: Reading, root: Tensor, shape: Decode
     ids = drafter.token_ids
     vocabulary = len(ids) if ids is not None else drafter.drafter.config.vocab_size
     if kernels.covers_shape(shape, vocabulary):
-        return kernels.fast_draft(drafter, reading, root, shape, noise)
+        return kernels.fast_draft(drafter, reading, root, shape, noise, getattr(drafter, "arrived", None))
     return draft(ops, drafter, reading, root, shape, noise)
 
 

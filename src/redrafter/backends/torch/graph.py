@@ -61,6 +61,12 @@ def without_reading(state: DecodeState) -> DecodeState:
 def copy_into(target: Any, source: Any) -> None:
     """With few launches, however many tensors there are."""
     pairs = [(to, value) for to, value in zip(leaves(target), leaves(source), strict=True) if to is not value]
+    if pairs and pairs[0][0].is_cuda:
+        from redrafter.backends.torch.kernels.copies import copied_together, copy_together  # needs triton
+
+        together = [pair for pair in pairs if copied_together(*pair)]
+        pairs = [pair for pair in pairs if not copied_together(*pair)]
+        copy_together(together)
     if pairs:
         torch._foreach_copy_([to for to, _ in pairs], [value for _, value in pairs])
 

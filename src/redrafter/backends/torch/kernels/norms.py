@@ -106,8 +106,9 @@ def rope_write(qkv: Tensor, rope: tuple[Tensor, Tensor], stored: LayerSlots, nor
 
 @triton.jit
 def _add_rms_norm(
-    x, delta, gain, total, normed, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr
+    x, delta, gain, total, normed, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr
 ):  # fmt: skip
+    start_early(EARLY)
     dtype = x.dtype.element_ty
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -130,7 +131,7 @@ def add_rms_norm(x_MD: Tensor, delta_MD: Tensor | None, weight_D: Tensor, eps: f
     _add_rms_norm[(x_MD.numel() // width,)](
         x_MD, x_MD if delta_MD is None else delta_MD, weight_D, total, normed, eps,
         WIDTH=width, BLOCK=triton.next_power_of_2(width), ADD=delta_MD is not None,
-        num_warps=8 if width > 2048 else 4,
+        num_warps=8 if width > 2048 else 4, **early(x_MD),
     )  # fmt: skip
     return total, normed
 

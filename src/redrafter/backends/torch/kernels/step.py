@@ -46,21 +46,28 @@ def _padded(size: int) -> int:
 
 
 def fast_draft(
-    drafter: Drafter, reading: Reading, root_B: Tensor, shape: DecodeConfig, noise: tuple[Tensor, Tensor] | None = None
+    drafter: Drafter,
+    reading: Reading,
+    root_B: Tensor,
+    shape: DecodeConfig,
+    noise: tuple[Tensor, Tensor] | None = None,
+    arrived: Tensor | None = None,
 ) -> DraftBeams:
     """``algorithm.beam.draft``; of children with equal scores the lower index wins. One kernel per depth beside the
-    drafter's own. ``drafter.logits`` may be float32, bfloat16 or float16."""
+    drafter's own. ``drafter.logits`` may be float32, bfloat16 or float16. ``arrived``: int32 zeros for B rows or more,
+    which every draft leaves at zero; without them they are made."""
     state = drafter.begin(reading)
     logits_BWV = drafter.logits(state)
     geometry = list(levels(shape, logits_BWV.shape[-1]))
     last = geometry[-1]
     rows, device = root_B.shape[0], root_B.device
     pool = new_pool(rows, last.offset + last.beams * last.children, device)
-    arrived = torch.zeros(rows, dtype=torch.int32, device=device)
+    if arrived is None or len(arrived) < rows:
+        arrived = torch.zeros(rows, dtype=torch.int32, device=device)
     winners = None
     for level in geometry:
         coupling = None if noise is None else Coupling(noise[0][:, level.depth - 1], noise[1])
-        winners = beam_level(logits_BWV, level, pool, winners, arrived, drafter.token_ids, coupling)
+        winners = beam_level(logits_BWV, level, pool, winners, arrived[:rows], drafter.token_ids, coupling)
         if level is not last:
             state = drafter.extend(state, winners.beam, winners.token)
             logits_BWV = drafter.logits(state)
