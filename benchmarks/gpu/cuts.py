@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from redrafter.backends.torch.kernels.matmul import Workspace
-from redrafter.backends.torch.kernels.stream import Cut, Scaled, plan, stream
+from redrafter.backends.torch.kernels.stream import EARLY_BYTES, Cut, Scaled, plan, stream
 
 SHARED_MEMORY = 228_000
 """bytes of one block on a Hopper GPU, less what triton keeps"""
@@ -75,8 +75,10 @@ class Job(NamedTuple):
     cut: Cut
 
 
-def cuts(rows: int, outputs: int, gated: bool) -> Iterator[Cut]:
-    """Blocks that fit, sums that may be split, and enough programs to occupy the multiprocessors."""
+def cuts(rows: int, outputs: int, inputs: int, gated: bool) -> Iterator[Cut]:
+    """Blocks that fit, sums that may be split, and enough programs to occupy the multiprocessors; of small weights also
+    ahead of the launch before."""
+    small = 2 * outputs * inputs * (2 if gated else 1) <= EARLY_BYTES
     columns = (32, 64, 128, 256) if outputs > 2048 and rows > 32 else (16, 32, 64, 128)
     depths, splits, stage_counts = (64, 128, 256), (1, 2, 3, 4), (3, 4, 6)
     orders = (False, True) if rows > 32 else (False,)
@@ -88,13 +90,14 @@ def cuts(rows: int, outputs: int, gated: bool) -> Iterator[Cut]:
             continue
         if split > 1 and (outputs + BN - 1) // BN * split < 60:
             continue
-        yield Cut(BN, BK, split, warps, stages, x_first)
+        for ahead in (False, True) if small else (False,):
+            yield Cut(BN, BK, split, warps, stages, x_first, ahead)
 
 
 def jobs(shape: str, rows: list[int], copies: Callable[[int], int], device: torch.device) -> Iterator[Job]:
     for count, (name, size) in itertools.product(rows, SHAPES[shape].items()):
         product = Product(name, size, count, copies(2 * size[0] * size[1] * (2 if size[2] else 1)), device)
-        for cut in cuts(count, size[0], size[2]):
+        for cut in cuts(count, *size):
             yield Job(product, cut)
 
 

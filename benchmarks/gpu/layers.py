@@ -5,8 +5,8 @@
 
 A chain of layers, each with its own weights, runs in one CUDA graph over a text of ``--text`` tokens; graphs take
 turns, and medians are shown. ``--cut`` tries another ``stream.Cut`` for the product with a weight of that size (gates
-and ups are one weight): block of outputs, of inputs, parts, warps, stages, x first. A kernel that is faster alone may
-be slower among others, so this comes after ``cuts.py`` and before a campaign.
+and ups are one weight): block of outputs, of inputs, parts, warps, stages, x first, ahead. A kernel that is faster
+alone may be slower among others, so this comes after ``cuts.py`` and before a campaign.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def microseconds(graph: torch.cuda.CUDAGraph, layers: int) -> float:
 
 def cut_of(text: str) -> tuple[tuple[int, ...], Cut]:
     size, values = ([int(n) for n in part.split(",")] for part in text.split("="))
-    return tuple(size), Cut(*values[:5], x_first=bool(values[5:] and values[5]))
+    return tuple(size), Cut(*values[:5], *map(bool, values[5:]))
 
 
 @torch.inference_mode()
