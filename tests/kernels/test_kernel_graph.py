@@ -141,7 +141,7 @@ def test_a_graph_serves_every_step_of_its_kind() -> None:
 def test_what_is_prepared_lasts_to_the_contexts_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """No request makes the cache move, which would drop all graphs: here a prompt and an answer that fill it."""
     for module in ("cuda", "prompt"):  # the interpreter takes two minutes for two hundred tokens
-        for name, value in (("LENGTHS", (16,)), ("SEGMENT", 8), ("MANY", (4,)), ("MOST", 32)):
+        for name, value in (("LENGTHS", (16,)), ("LONG", (2,)), ("SEGMENT", 8), ("MANY", (4,)), ("MOST", 32)):
             monkeypatch.setattr(f"redrafter.backends.torch.{module}.{name}", value)
     plain, recorded = make("plain", FAST, context=24), make("graph", KERNEL, rows=0, context=24)
     recorded.prepare(2, [SHAPE, PLAIN])
@@ -188,7 +188,7 @@ def test_a_prompt_is_read_as_in_chunks() -> None:
 
 def test_several_prompts_and_a_long_one_are_read_in_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 5 tokens, of 19 in three segments, of 17 behind 6 already read, and of 11 behind 4 whose last pair the drafter
-    has; more than one graph holds. A second time other texts: nothing is left of the first ones."""
+    has; more than one graph holds. A second time other texts: nothing is left of the first ones. Then one alone."""
     for name, value in (("LENGTHS", (8,)), ("SEGMENT", 8), ("MANY", (2, 4))):
         monkeypatch.setattr(f"redrafter.backends.torch.prompt.{name}", value)
     plain, recorded = make("plain", FAST, rows=4), make("graph", KERNEL, rows=4)
@@ -214,6 +214,10 @@ def test_several_prompts_and_a_long_one_are_read_in_segments(monkeypatch: pytest
             torch.testing.assert_close(last, twin, rtol=1e-4, atol=1e-5)
         for row, ids in enumerate(texts):
             assert_rows_hold_the_same(recorded, plain, row, len(ids))
+    [(last, end)] = recorded.prefill_chunks([PromptPart(1, text(27), 0, None)])
+    assert end == 27
+    torch.testing.assert_close(last, plain.prefill_chunk(1, text(27), 0, None)[0], rtol=1e-4, atol=1e-5)
+    assert_rows_hold_the_same(recorded, plain, 1, 27)
 
 
 def test_the_control_for_forks_in_recorded_steps() -> None:

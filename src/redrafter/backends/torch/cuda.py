@@ -28,7 +28,7 @@ from redrafter.backends.torch.kernels.outcome import pack_outcome
 from redrafter.backends.torch.kernels.trunk import LastContext
 from redrafter.backends.torch.kernels.window import window_attention
 from redrafter.backends.torch.load import TorchBackend, bind
-from redrafter.backends.torch.prompt import LENGTHS, MANY, MOST, SEGMENT, PromptReader
+from redrafter.backends.torch.prompt import LENGTHS, LONG, MANY, MOST, SEGMENT, PromptReader
 from redrafter.backends.torch.target import TorchTarget
 from redrafter.backends.torch.trunk import Attend
 from redrafter.params import DecodeConfig
@@ -114,7 +114,7 @@ class GraphBackend(TorchBackend):
         writes, or for the pads of a prompt; and the graphs that read prompts."""
         spare = 2 * max([LENGTHS[-1] // 2, *(shape.tree_size for shape in shapes)])
         self.reserve(max_batch, self.context_limit + spare)
-        for length in LENGTHS:
+        for length in (*LENGTHS, *(LENGTHS[-1] * segments for segments in LONG)):
             self.prefill(0, [0] * min(length, self.context_limit))
         for segments in MANY if self.reads_together else ():
             self._read_prompts([PromptPart(0, [0] * min(SEGMENT, self.context_limit), 0, None)] * segments)

@@ -1,9 +1,9 @@
 """Reading prompts with a CUDA graph: launched one by one, a layer's kernels cost more time than they take.
 
-One short text is padded to one of a few lengths. Several texts, or a long one, are read at once, in segments of
-``SEGMENT`` tokens that each know their row and place; those of one text see each other, since a layer stores all keys
-before it attends. What pads leave in the caches lies behind the text and is overwritten before anything looks there.
-Its slow twin is ``BaseBackend.prefill_chunk``.
+One short text is padded to one of a few lengths. Several texts are read at once, in segments that each know their row
+and place. So is a long text, in longer segments, since each of them reads all keys before it; they see each other,
+because a layer stores all keys before it attends. What pads leave in the caches lies behind the text and is overwritten
+before anything looks there. Its slow twin is ``BaseBackend.prefill_chunk``.
 
 Letters: S segments, T tokens of each, F features.
 """
@@ -25,9 +25,11 @@ from redrafter.backends.torch.target import TorchTarget
 
 LENGTHS = (16, 32, 64, 128)
 """A graph for each; at most as many tokens as the attention kernel takes nodes."""
+LONG = (2, 4)
+"""Segments of as many tokens as the longest of these, for a longer text."""
 SEGMENT = 32
 MANY = (4, 8, 16)
-"""Segments of further graphs. The 7B shape on one H200 reads 128 tokens in 5.4 ms, which its weights alone would take
+"""Segments of several texts. The 7B shape on one H200 reads 128 tokens in 5.4 ms, which its weights alone would take
 3; so a batch's prompts one after the other cost a seventh of its answers."""
 MOST = SEGMENT * MANY[-1]
 
@@ -66,10 +68,11 @@ class PromptReader:
         return found
 
     def _launch(self, parts: Sequence[PromptPart]) -> Sequence[Tensor]:
-        alone = len(parts) == 1 and len(parts[0].token_ids) <= LENGTHS[-1]
-        length = next(n for n in LENGTHS if len(parts[0].token_ids) <= n) if alone else SEGMENT
+        sizes, length = MANY, SEGMENT
+        if len(parts) == 1:
+            sizes, length = (1, *LONG), next((n for n in LENGTHS if len(parts[0].token_ids) <= n), LENGTHS[-1])
         segments, firsts, lasts = _segments(parts, length)
-        size = 1 if alone else next(n for n in MANY if len(segments) <= n)
+        size = next(n for n in sizes if len(segments) <= n)
         known = self._graphs.get((size, length))
         buffers = self._buffers(size, length) if known is None else known[0]
         numbers = torch.tensor(self._numbers(segments, size, length))
