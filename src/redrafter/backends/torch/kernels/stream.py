@@ -107,7 +107,7 @@ def _rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _fetched(
+def _block_of(
     a, row, k, room, K: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, POINTERS: tl.constexpr,
     ROWS_FIT: tl.constexpr, COLUMNS_FIT: tl.constexpr,
 ):  # fmt: skip
@@ -139,14 +139,14 @@ def _sums(
     rows: tl.constexpr = 2 * N if GATED else N
     for step in range(steps):
         k = first + step * BK
-        v = _fetched(x, 0, k, M, K, BM, BK, POINTERS, TALL, FIT)
-        of_acc = _fetched(w, row, k, rows, K, BN, BK, POINTERS, N % BN == 0, FIT)
+        v = _block_of(x, 0, k, M, K, BM, BK, POINTERS, TALL, FIT)
+        of_acc = _block_of(w, row, k, rows, K, BN, BK, POINTERS, N % BN == 0, FIT)
         if X_FIRST:
             acc = tl.dot(v, tl.trans(of_acc), acc, input_precision=PRECISION)
         else:
             acc = tl.dot(of_acc, tl.trans(v), acc, input_precision=PRECISION)
         if GATED:
-            of_up = _fetched(w, N + row, k, rows, K, BN, BK, POINTERS, N % BN == 0, FIT)
+            of_up = _block_of(w, N + row, k, rows, K, BN, BK, POINTERS, N % BN == 0, FIT)
             if X_FIRST:
                 up = tl.dot(v, tl.trans(of_up), up, input_precision=PRECISION)
             else:
