@@ -144,6 +144,9 @@ class ScriptedDrafter:
     def read(self, reading: Reading, row: int = 0) -> None:
         """It keeps nothing."""
 
+    def recall(self, reading: Reading, length: int) -> None:
+        """It keeps nothing."""
+
     def begin(self, reading: Reading) -> ScriptState:
         return ScriptState(self.text[None, None], (reading.first + reading.count + 1)[:, None], 1)
 

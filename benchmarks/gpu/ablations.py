@@ -91,10 +91,14 @@ def run_job(args: argparse.Namespace, job: Job) -> None:
     drafter = load_drafter(folder / "drafter")
     prompts = read_prompts([str(args.questions)])
     evaluation = Evaluation(run.learner.target, drafter)
-    found = {"greedy": by_category(evaluation, answers(args, opened, 0.0), prompts, EvalOptions(args.max_new))}
+    found = {
+        "greedy": by_category(
+            evaluation, answers(args, opened, 0.0), prompts, EvalOptions(args.max_new, prompt_lookup=False)
+        )
+    }
     if job == Job("shipped", SEEDS[0]):
         for coupled in (True, False):
-            options = EvalOptions(args.max_new, temperature=1.0, coupled=coupled, rows=512)
+            options = EvalOptions(args.max_new, temperature=1.0, coupled=coupled, rows=512, prompt_lookup=False)
             name = f"t1 {'coupled' if coupled else 'uncoupled'}"
             found[name] = by_category(evaluation, answers(args, opened, 1.0), prompts, options)
     size = drafter_bytes(drafter.config)

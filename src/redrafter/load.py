@@ -6,6 +6,7 @@ import gc
 import json
 import platform
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,12 @@ def load(
     config: DecodeConfig | None = None,
     threads: int | None = None,
     compile: bool = True,
+    prompt_lookup: bool = True,
 ) -> Engine:
     """An engine over the files of a model and of its drafter. Without ``config`` every step takes the shape that
     promises most: the shapes whose tokens per step the drafter's metadata names are timed here (``shape.adaptive``),
     then their times and their acceptance are learnt (``policy.Adaptive``). ``compile=False`` keeps a GPU to eager
-    operations: no graphs, no compiled steps, no kernels of ours."""
+    operations: no graphs, no compiled steps, no kernels of ours. ``prompt_lookup``: of the shapes picked here."""
     chosen = pick_backend(backend)
     if threads is not None:
         _set_threads(chosen, threads)
@@ -55,7 +57,8 @@ def load(
         opened = _open_torch(files, drafter, dtype, device, max_context, max_batch, compile)
     candidates: list[Candidate] = []
     if config is None and drafter is not None:
-        candidates = known_shapes(read_config(drafter).get("metadata") or {}) or UNMEASURED
+        known = known_shapes(read_config(drafter).get("metadata") or {}) or UNMEASURED
+        candidates = [c._replace(config=replace(c.config, prompt_lookup=prompt_lookup)) for c in known]
     opened.prepare(max_batch, [c.config for c in candidates] or [config or PLAIN])
     if not candidates:
         return Engine(opened, config or PLAIN, max_batch)

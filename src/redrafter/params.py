@@ -107,6 +107,7 @@ class DecodeConfig:
 
     beam_width: beams kept per depth; branching: children scored per beam; draft_length: drafted tokens per beam (the
     root is not counted); tree_size: nodes verified per step (the root is counted, so 1 is plain decoding).
+    prompt_lookup: what followed when the text last ended as it does now is drafted beside what the drafter thinks.
     """
 
     beam_width: int = 8
@@ -114,6 +115,7 @@ class DecodeConfig:
     draft_length: int = 8
     tree_size: int = 64
     seed_coupled: bool = True
+    prompt_lookup: bool = True
 
     def __post_init__(self) -> None:
         for name, most in (

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from redrafter.algorithm.accept import Accepted
 from redrafter.algorithm.beam import Reading
+from redrafter.algorithm.lookup import Chain
 from redrafter.algorithm.noise import key_of
 from redrafter.algorithm.sampling import Penalties, Sampling
 from redrafter.algorithm.step import DecodeState, step
@@ -31,6 +32,7 @@ class Shape:
     tree_size: int
     branching: int = 4
     seed_coupled: bool = True
+    prompt_lookup: bool = False
 
 
 class Tables:
@@ -96,6 +98,11 @@ class TableDrafter:
         position = state.position + 1
         word = self.target.tables.word[position[:, None], token_BW]
         return TableState((state.history.gather(1, beam_BW) + word) % STATES, position)
+
+    def recall(self, reading: Reading, length: int) -> Chain:
+        """Anything: the plain tokens must come out whatever is recalled, and however surely."""
+        seed = (reading.first * 37 + reading.tokens[:, 0])[:, None] + torch.arange(length)[None] * 11
+        return Chain(seed % self.target.vocab_size, torch.tensor([0.0, 0.3, 0.9, 0.99])[seed // 5 % 4])
 
     def logits(self, state: TableState) -> Tensor:
         logits = self.logits_SV[state.history]

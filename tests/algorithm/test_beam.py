@@ -108,10 +108,11 @@ def test_a_reduced_draft_vocabulary_maps_to_target_ids():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(1, 64), st.integers(1, 64), st.integers(1, 8), st.sampled_from(["perfect", "random", "worst", "broken"])
+    *(st.integers(1, 64), st.integers(1, 64), st.integers(1, 8)),
+    *(st.sampled_from(["perfect", "random", "worst", "broken"]), st.booleans()),
 )
-def test_invariants_of_the_pool(width, branching, length, kind):
-    beams = run(Shape(width, length, 1, branching), kind=kind)
+def test_invariants_of_the_pool(width, branching, length, kind, lookup):
+    beams = run(Shape(width, length, 1, branching, prompt_lookup=lookup), kind=kind)
     for row in range(len(PROMPTS)):
         paths = written_out(beams, row)  # asserts that parents stand first
         assert len(set(paths)) == len(paths), "siblings are distinct, so no path occurs twice"

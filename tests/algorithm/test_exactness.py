@@ -74,19 +74,21 @@ SIZES = [1, 2, 3, 5, 17, 64, 128]
 def test_any_drafter_and_shape_gives_the_plain_tokens(plain, drafter, width, length):
     for index, size in enumerate(SIZES):
         shape = Shape(width, length, size, branching=(1, 3, V, 100)[index % 4], seed_coupled=index % 2 == width % 2)
+        shape.prompt_lookup = index % 3 != 0
         ids = generate(TABLES, PROMPTS, SAMPLING, shape, COUNT, drafter=drafter)
         assert torch.equal(ids, plain), f"{shape}"
 
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.integers(1, 9), st.integers(1, 6), st.integers(1, 40), st.integers(1, 9), st.booleans(), st.integers(0, 10**6)
+    *(st.integers(1, 9), st.integers(1, 6), st.integers(1, 40), st.integers(1, 9)),
+    *(st.booleans(), st.booleans(), st.integers(0, 10**6)),
 )
-def test_any_tables_shape_and_seed(width, length, size, branching, coupled, seed):
+def test_any_tables_shape_and_seed(width, length, size, branching, coupled, lookup, seed):
     tables = Tables(V, seed)
     prompts, rows = batch(seed)
     sampling = sampling_of(rows, prompts, V)
-    shape = Shape(width, length, size, branching, coupled)
+    shape = Shape(width, length, size, branching, coupled, lookup)
     ids = generate(tables, prompts, sampling, shape, 8, drafter=("perfect", "random", "worst")[seed % 3])
     assert torch.equal(ids, generate(tables, prompts, sampling, PLAIN, 8))
 

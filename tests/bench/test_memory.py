@@ -39,6 +39,9 @@ def make(table: bool = False, **config: Any) -> TorchBackend:
     return backend
 
 
+TEXTS = 8 * 3 * (60 + 65)
+
+
 def of_modules(drafter: Drafter) -> int:
     return sum(x.numel() * x.element_size() for x in (*drafter.parameters(), *drafter.buffers()))
 
@@ -49,7 +52,7 @@ def test_the_drafters_own_memory_is_its_weights_its_table_its_head_and_its_cache
     config = backend.drafter.drafter.config
     caches = 2 * 4 * config.trunk_layers * 3 * (60 + 64) * config.trunk_kv_heads * (config.width // config.trunk_heads)
     table, head = 4 * VOCAB * 3 * config.state_size, 4 * 40 * WIDTH
-    assert drafter_bytes(backend) == of_modules(backend.drafter.drafter) + table + head + caches
+    assert drafter_bytes(backend) == of_modules(backend.drafter.drafter) + table + head + caches + TEXTS
 
 
 def test_a_head_that_is_the_targets_counts_nothing_more(plain_linears: None) -> None:
@@ -57,7 +60,7 @@ def test_a_head_that_is_the_targets_counts_nothing_more(plain_linears: None) -> 
     assert backend.drafter is not None
     target = storages(backend.target, CPU)
     assert backend.target.head_weight.untyped_storage().data_ptr() in target
-    assert drafter_bytes(backend) == of_modules(backend.drafter.drafter)
+    assert drafter_bytes(backend) == of_modules(backend.drafter.drafter) + TEXTS
 
 
 def test_views_of_one_tensor_count_once_and_other_devices_not() -> None:

@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from redrafter.algorithm.sampling import Sampling
 from redrafter.algorithm.tree import TokenTree
-from redrafter.backends.torch.kernels import accept, beam, early, noise, pack, state, topk
+from redrafter.backends.torch.kernels import accept, beam, early, lookup, noise, pack, state, topk
 from redrafter.params import DecodeConfig
 
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
@@ -67,7 +67,7 @@ def done(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> list[str]:
     names: list[str] = []
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(early, "_hopper", lambda device: True)
-    for module, name in [*MODULES.items(), (accept, "_choose_tiles"), (state, "_advance")]:
+    for module, name in [*MODULES.items(), (accept, "_choose_tiles"), (state, "_advance"), (lookup, "_find_chain")]:
         monkeypatch.setattr(module, name, Compiled(getattr(module, name), names))
     return names
 
@@ -82,10 +82,18 @@ def test_draft_and_pack_compile(done: list[str]) -> None:
     for depth in geometry:
         logits = torch.zeros(2, depth.beams, 5000, dtype=torch.bfloat16)
         coupling = topk.Coupling(gumbel, torch.ones(2)) if depth.depth == 2 else None
-        winners = beam.beam_level(logits, depth, pool, winners, arrived, ids, coupling)
+        chain = lookup.Chain(torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2)) if depth.depth == 2 else None
+        winners = beam.beam_level(logits, depth, pool, winners, arrived, ids, coupling, chain)
     assert winners is not None
     pack.pack(pack.DraftBeams(*pool, winners.slot, 2), torch.zeros(2, dtype=torch.int64), 64)
     assert done == ["_beam_level"] * 2 + ["_pack"]
+
+
+def test_the_lookup_compiles(done: list[str]) -> None:
+    numbers = torch.ones(3, dtype=torch.int64)
+    reading = lookup.Reading(torch.zeros(3, 9, 4), torch.ones(3, 9, dtype=torch.int64), numbers, numbers)
+    lookup.find_chain(reading, torch.zeros(4, 3000, dtype=torch.int64), 8)
+    assert done == ["_find_chain"]
 
 
 def test_noise_choose_and_accept_compile(done: list[str]) -> None:

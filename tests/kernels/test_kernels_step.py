@@ -10,6 +10,7 @@ from torch import Tensor
 
 from redrafter.algorithm.accept import accept, choose
 from redrafter.algorithm.beam import DraftBeams, Reading, draft
+from redrafter.algorithm.lookup import Chain
 from redrafter.algorithm.noise import key_of
 from redrafter.algorithm.sampling import Sampling
 from redrafter.algorithm.step import step_noise
@@ -38,6 +39,17 @@ class HashDrafter:
 
     def extend(self, state: State, beam_BW: Tensor, token_BW: Tensor) -> State:
         return State((state.history.gather(1, beam_BW) * 31 + token_BW * 7 + 3) % STATES)
+
+    def recall(self, reading: Reading, length: int) -> Chain | None:
+        """Another chain for every root: of tokens the drafter likes or not, sure or not; of each third root nothing."""
+        seed = reading.tokens[:, -1:] + torch.arange(length, device=reading.tokens.device)[None] * 3
+        tokens = seed % self.logits_SV.shape[1]
+        liked = self.logits_SV[self.begin(reading).history].nan_to_num(0.0).argmax(-1)
+        tokens = torch.where(seed % 2 == 0, tokens, liked)
+        if self.token_ids is not None:
+            tokens = self.token_ids[tokens] + seed // 5 % 2  # at times one that the drafter cannot say
+        sure = torch.tensor([0.75, 0.2, 0.9, 1e-6, 0.5], device=seed.device)[seed % 5]
+        return Chain(tokens, torch.where(reading.tokens[:, -1:] % 3 == 0, 0.0, sure))
 
     def logits(self, state: State) -> Tensor:
         return self.logits_SV[state.history]

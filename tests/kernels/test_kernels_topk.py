@@ -24,7 +24,7 @@ def children_of(
     zeros = torch.zeros(rows, beams, dtype=torch.int64, device=logits.device)
     pool = new_pool(rows, beams * children, logits.device)
     arrived = torch.zeros(rows, dtype=torch.int32, device=logits.device)
-    beam_level(logits, level, pool, Winners(zeros, zeros, zeros, zeros.float()), arrived, ids, coupling)
+    beam_level(logits, level, pool, Winners(zeros, zeros, zeros, zeros.float(), zeros), arrived, ids, coupling)
     assert not arrived.any()
     shape = (rows, beams, children)
     return pool.score.view(shape), pool.tokens.view(shape)

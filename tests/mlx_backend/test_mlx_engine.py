@@ -61,6 +61,9 @@ class Scripted:
     def read(self, reading: Reading, row: int = 0) -> None:
         """It keeps nothing."""
 
+    def recall(self, reading: Reading, length: int) -> None:
+        """It keeps nothing."""
+
     def begin(self, reading: Reading) -> ScriptState:
         return ScriptState(None, (reading.first + reading.count + 1)[:, None], 1)
 

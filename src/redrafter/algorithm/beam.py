@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
+from redrafter.algorithm.lookup import Chain, mixed
 from redrafter.algorithm.ops import Array, Ops
 from redrafter.params import DecodeConfig
 
@@ -42,6 +43,9 @@ class Drafter(Protocol):
     def logits(self, state: Any) -> Array:
         """[B, W, V_d] float32: scores of the next token over the draft vocabulary."""
 
+    def recall(self, reading: Reading, length: int) -> Chain | None:
+        """What followed when each row's text last ended like this (``lookup.py``), after ``begin`` has read it."""
+
     @property
     def token_ids(self) -> Array | None:
         """[V_d] target ids of the draft vocabulary; None when it is the target's own."""
@@ -59,12 +63,15 @@ def draft(
 
     ``noise`` = (gumbel [B, draft_length, V], inverse temperature [B]): seed-coupled beams rank children by
     log q + G, the very noise the target will add, and weigh them by softmax of that (docs/algorithm.md);
-    a row whose inverse temperature is 0 is greedy and ignores it. Without noise a child's weight is q.
+    a row whose inverse temperature is 0 is greedy and ignores it. Without noise a child's weight is q. Where the
+    shape has ``prompt_lookup``, what the drafter recalls is mixed into the weights.
     """
     state = drafter.begin(reading)
+    chain = drafter.recall(reading, shape.draft_length) if shape.prompt_lookup else None
     rows = root_B.shape[0]
     slot_BW = ops.full((rows, 1), -1, like=root_B)
     score_BW = ops.full((rows, 1), 0.0, like=root_B)
+    follows_BW = ops.full((rows, 1), True, like=root_B)
     pool: list[tuple[Array, Array, Array, Array]] = []
     size = 0
     for depth in range(1, shape.draft_length + 1):
@@ -75,14 +82,16 @@ def draft(
         children = max(shape.branching, shape.beam_width) if depth == 1 else shape.branching
         children = min(children, logits_BWV.shape[-1])
         best_BWK, index_BWK = ops.top_k(logits_BWV, children)
+        token_BWK = index_BWK if drafter.token_ids is None else drafter.token_ids[index_BWK]
+        weight_BWK = best_BWK - ops.logsumexp(logits_BWV)
+        if chain is not None:
+            token_BWK, weight_BWK, hit_BWK = mixed(ops, chain, depth, follows_BW, token_BWK, weight_BWK)
         above_BW1 = score_BW[:, :, None]
-        child_BWK = best_BWK - ops.logsumexp(logits_BWV) + above_BW1
+        child_BWK = weight_BWK + above_BW1
         # Rounding may lift a child over its parent, and a broken drafter may say NaN: neither may reorder the tree.
         child_BWK = ops.where(child_BWK <= above_BW1, child_BWK, above_BW1)
         beams = child_BWK.shape[1]
-        child_BC, token_BC = child_BWK.reshape(rows, -1), index_BWK.reshape(rows, -1)
-        if drafter.token_ids is not None:
-            token_BC = drafter.token_ids[token_BC]
+        child_BC, token_BC = child_BWK.reshape(rows, -1), token_BWK.reshape(rows, -1)
         parent_BC = (slot_BW[:, :, None] + ops.full((rows, beams, children), 0, like=root_B)).reshape(rows, -1)
         pool.append((token_BC, parent_BC, ops.full((rows, beams * children), depth, like=root_B), child_BC))
         width = min(shape.beam_width, beams * children)
@@ -92,6 +101,8 @@ def draft(
         if depth < shape.draft_length:
             token_BW = ops.take_along(token_BC, winner_BW, 1)
             state = drafter.extend(state, winner_BW // children, token_BW)
+            if chain is not None:
+                follows_BW = ops.take_along(hit_BWK.reshape(rows, -1), winner_BW, 1)
     tokens_BP, parent_BP, depth_BP, pool_BP = (ops.concat([level[i] for level in pool], 1) for i in range(4))
     return DraftBeams(tokens_BP, parent_BP, depth_BP, pool_BP, slot_BW, shape.draft_length)
 

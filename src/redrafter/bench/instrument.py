@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def open_instrument(
     max_context: int,
     max_batch: int,
     config: DecodeConfig | None,
+    prompt_lookup: bool = True,
 ) -> LLM:
     """``shape``: a name of ``widen.SHAPES`` or a LlamaConfig. The rest is as in ``LLM.from_pretrained``."""
     from transformers import AutoModelForCausalLM
@@ -64,7 +66,8 @@ def open_instrument(
         from redrafter.backends.torch.cuda import GraphBackend
 
         backend = GraphBackend(make_target(model, layers), large, max_context, eos)
-    candidates = [] if config else known_shapes(read_config(drafter).get("metadata") or {})
+    known = [] if config else known_shapes(read_config(drafter).get("metadata") or {})
+    candidates = [c._replace(config=replace(c.config, prompt_lookup=prompt_lookup)) for c in known]
     backend.prepare(max_batch, [config] if config else [c.config for c in candidates])
     if config is None:
         engine = Engine(backend, adaptive(backend, candidates, max_batch), max_batch)

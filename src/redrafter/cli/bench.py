@@ -73,6 +73,7 @@ def bench(
     branching: opt.Branching = None,
     draft_length: opt.DraftLength = None,
     tree_size: opt.TreeSize = None,
+    prompt_lookup: opt.PromptLookup = True,
     batch: Annotated[int, typer.Option(min=1, help="Requests at once, each way.")] = 1,
     repeat: Annotated[int, typer.Option(min=1, help="Times each way; seconds are medians.")] = 1,
     no_plain: Annotated[bool, typer.Option("--no-plain", help="Speculative only: tokens per step.")] = False,
@@ -109,7 +110,7 @@ def bench(
         _report(report, output, figure or [])
         return
     params = SamplingParams(temperature=temperature, seed=seed, max_new_tokens=max_new_tokens)
-    config = opt.decode_config(beam_width, branching, draft_length, tree_size)
+    config = opt.decode_config(beam_width, branching, draft_length, tree_size, prompt_lookup)
     found = load_prompts(prompts)
     chosen = select(found, category, limit, spread)
     cuda = _needs_cuda(figure or [], backend, device) or instrument is not None
@@ -125,6 +126,7 @@ def bench(
     started = time.perf_counter()
     opened = (model, drafter, dtype, device, max_context)
     settings: dict[str, Any] = {"config": config, "max_batch": batch, "compile": not no_compile}
+    settings["prompt_lookup"] = prompt_lookup
     if instrument is None:
         llm = opt.load_llm(*opened, backend=backend, threads=threads, quiet=quiet, **settings)
     else:

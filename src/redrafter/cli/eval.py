@@ -42,6 +42,7 @@ def evaluate(
     seed_coupled: Annotated[
         bool, typer.Option("--seed-coupled/--no-seed-coupled", help="Beams see the noise that the model adds.")
     ] = True,
+    prompt_lookup: opt.PromptLookup = True,
     save_shapes: Annotated[
         bool,
         typer.Option(
@@ -83,6 +84,7 @@ def evaluate(
         temperature=temperature,
         seed=seed,
         coupled=seed_coupled,
+        prompt_lookup=prompt_lookup,
         shapes=save_shapes,
     )
     result = measure.evaluate(opened, folder, wanted, options)

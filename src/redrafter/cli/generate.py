@@ -64,6 +64,7 @@ def generate(
     branching: opt.Branching = None,
     draft_length: opt.DraftLength = None,
     tree_size: opt.TreeSize = None,
+    prompt_lookup: opt.PromptLookup = True,
     speculation: Annotated[
         bool, typer.Option("--speculation/--no-speculation", help="Draft, or decode plainly.")
     ] = True,
@@ -90,7 +91,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         stop=tuple(stop or ()),
     )
-    config = opt.decode_config(beam_width, branching, draft_length, tree_size)
+    config = opt.decode_config(beam_width, branching, draft_length, tree_size, prompt_lookup)
     if compare_ways and not speculation:
         raise InvalidRequest("--compare and --no-speculation exclude each other: --compare runs both ways; drop one")
     in_color = wants_color(color, sys.stdout)
@@ -106,6 +107,7 @@ def generate(
         threads=threads,
         quiet=quiet,
         compile=not no_compile,
+        prompt_lookup=prompt_lookup,
     )
     if not quiet and speculation and not llm.engine.speculative:
         print(f"no speculation: drafter {llm.drafter or 'none'}; decoding plainly", file=sys.stderr)

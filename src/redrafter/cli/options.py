@@ -43,10 +43,20 @@ DraftLength = Annotated[
 TreeSize = Annotated[
     int | None, typer.Option(help="Beam shape: nodes verified per step, root counted.", show_default=False)
 ]
+PromptLookup = Annotated[
+    bool,
+    typer.Option(
+        "--prompt-lookup/--no-prompt-lookup", help="Also draft what followed when the text last ended like this."
+    ),
+]
 
 
 def decode_config(
-    beam_width: int | None, branching: int | None, draft_length: int | None, tree_size: int | None
+    beam_width: int | None,
+    branching: int | None,
+    draft_length: int | None,
+    tree_size: int | None,
+    prompt_lookup: bool = True,
 ) -> DecodeConfig | None:
     """The beam shape asked for; None if nothing was, so that the program picks it."""
     asked = {
@@ -56,7 +66,7 @@ def decode_config(
         "tree_size": tree_size,
     }
     given = {name: value for name, value in asked.items() if value is not None}
-    return from_mapping(DecodeConfig, given) if given else None
+    return from_mapping(DecodeConfig, {**given, "prompt_lookup": prompt_lookup}) if given else None
 
 
 @contextmanager
@@ -86,6 +96,7 @@ def load_llm(
     quiet: bool = False,
     max_batch: int = 1,
     compile: bool = True,
+    prompt_lookup: bool = True,
 ) -> LLM:
     """``LLM.from_pretrained`` with its progress on stderr; by default a single request at a time."""
     with progress(quiet) as tell:
@@ -104,6 +115,7 @@ def load_llm(
             config=config,
             threads=threads,
             compile=compile,
+            prompt_lookup=prompt_lookup,
             progress=tell,
         )
 

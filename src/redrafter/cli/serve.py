@@ -68,6 +68,7 @@ def serve(
     branching: opt.Branching = None,
     draft_length: opt.DraftLength = None,
     tree_size: opt.TreeSize = None,
+    prompt_lookup: opt.PromptLookup = True,
     request_metrics: Annotated[
         str, typer.Option(help="Acceptance in every answer: none, summary or detailed (each step).")
     ] = "summary",
@@ -106,7 +107,7 @@ def serve(
         drain=drain,
     )
     listener = bind(settings)  # before the model is loaded: a taken port is told at once
-    config = opt.decode_config(beam_width, branching, draft_length, tree_size)
+    config = opt.decode_config(beam_width, branching, draft_length, tree_size, prompt_lookup)
     llm = opt.load_llm(
         model,
         drafter,
@@ -119,6 +120,7 @@ def serve(
         quiet=quiet,
         max_batch=max_batch,
         compile=not no_compile,
+        prompt_lookup=prompt_lookup,
     )
     settings = settings.named(model_name or llm.model)
     to_stderr(log_level)

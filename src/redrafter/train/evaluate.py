@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from redrafter.algorithm.beam import DraftBeams, Reading, draft
+from redrafter.algorithm.lookup import Chain
 from redrafter.algorithm.noise import gumbel, key_of
 from redrafter.algorithm.tree import TokenTree, pack
 from redrafter.backends.torch.checkpoint import load_drafter
@@ -26,10 +27,11 @@ from redrafter.backends.torch.drafter import Drafter
 from redrafter.backends.torch.drafting import DraftState, TorchDrafter
 from redrafter.backends.torch.ops import TorchOps
 from redrafter.errors import InvalidRequest
-from redrafter.params import DecodeConfig
+from redrafter.params import DecodeConfig, from_mapping
 from redrafter.train.chat import encode, end_ids, render
 from redrafter.train.data import cache_slots
 from redrafter.train.prompts import Prompt
+from redrafter.train.recall import Recall
 from redrafter.train.samples import Samples
 from redrafter.train.settings import drafter_bytes
 from redrafter.train.target import OpenModel, TrainingTarget
@@ -51,9 +53,15 @@ SHAPES = (
 class AnchorDrafter(TorchDrafter):
     """A drafter whose contexts were computed beforehand: a reading's features are the context itself."""
 
+    chain: Chain | None = None
+    """what its next readings recall"""
+
     def begin(self, reading: Reading) -> DraftState:
         root = self._embed(reading.tokens)
         return DraftState(reading.features, self.drafter.first_state(reading.features, root), 0)
+
+    def recall(self, reading: Reading, length: int) -> Chain | None:  # type: ignore[override]
+        return self.chain
 
 
 class AnswerText(NamedTuple):
@@ -155,9 +163,13 @@ class Evaluation:
         padded = [np.concatenate([t.tokens[t.start - 1 :], tail]) for t in texts]
         windows = [np.lib.stride_tricks.sliding_window_view(p, shape.draft_length + 1)[:-2] for p in padded]
         text_AL = torch.from_numpy(np.concatenate(windows)).to(device)  # root, then what follows it
-        context_AD = torch.cat(contexts)
+        context_AD, counts = torch.cat(contexts), [len(w) for w in windows]
+        recall = None
+        if shape.prompt_lookup:
+            recall = Recall([t.tokens for t in texts], [t.start - 1 for t in texts], counts, device)
         parts, merged = [], torch.zeros((), device=device)
-        for here, noise in self._parts(texts, [len(w) for w in windows], walk):
+        for here, noise in self._parts(texts, counts, walk):
+            drafter.chain = None if recall is None else recall(here, shape.draft_length)
             root = text_AL[here, 0].contiguous()
             ones = torch.ones_like(root)
             reading = Reading(context_AD[here, None], root[:, None], ones, ones)
@@ -165,7 +177,7 @@ class Evaluation:
             tree = pack(ops, beams, root, shape.tree_size)
             merged += merged_share(beams).sum()
             parts.append(accepted_lengths(tree, text_AL[here, 1:]).to(torch.int8))
-        bounds = np.cumsum([len(w) for w in windows])[:-1]
+        bounds = np.cumsum(counts)[:-1]
         return Measured(np.split(torch.cat(parts).cpu().numpy(), bounds), float(merged) / len(text_AL))
 
     def _parts(
@@ -227,12 +239,14 @@ def table(texts: list[AnswerText], lengths: list[np.ndarray], sizes: tuple[int, 
     return out
 
 
-def evaluation_shape(drafter: Drafter, beam_width: int = 8, branching: int = 8) -> DecodeConfig:
-    """Beams as the drafter can fill them, and the largest tree of the tables."""
+def evaluation_shape(
+    drafter: Drafter, beam_width: int = 8, branching: int = 8, prompt_lookup: bool = False
+) -> DecodeConfig:
+    """Beams as the drafter can fill them, and the largest tree of the tables. Without prompt lookup what is measured
+    is the drafter alone."""
     vocabulary, length = drafter.config.vocabulary, drafter.config.draft_length
-    return DecodeConfig(
-        beam_width=beam_width, branching=min(branching, vocabulary), draft_length=length, tree_size=max(TREE_SIZES)
-    )
+    settings = {"beam_width": beam_width, "branching": min(branching, vocabulary), "draft_length": length}
+    return from_mapping(DecodeConfig, settings | {"tree_size": max(TREE_SIZES), "prompt_lookup": prompt_lookup})
 
 
 def tokens_by_shape(evaluation: Evaluation, texts: list[AnswerText]) -> list[dict[str, Any]]:
@@ -281,6 +295,8 @@ class EvalOptions(NamedTuple):
     """of the first prompt, at a temperature over 0"""
     coupled: bool = True
     """at a temperature over 0: beams see the noise that the target adds"""
+    prompt_lookup: bool = True
+    """as decoding does; without it the figures are the drafter's alone"""
     shapes: bool = False
     """also of every beam shape that a program picks from"""
 
@@ -322,7 +338,7 @@ def by_category(
     evaluation: Evaluation, texts: list[AnswerText], prompts: list[Prompt], options: EvalOptions
 ) -> dict[str, Any]:
     """Tokens per step by category and tree size, acceptance per depth, and what merging saves, on answers at hand."""
-    shape = evaluation_shape(evaluation.drafter, options.beam_width, options.branching)
+    shape = evaluation_shape(evaluation.drafter, options.beam_width, options.branching, options.prompt_lookup)
     coupling = None
     if options.temperature > 0 and options.coupled:
         coupling = Coupling(options.temperature, noise_keys(options.seed, len(texts)))

@@ -97,6 +97,9 @@ class MLXDrafter:
         state = self._next(self.drafter.zeroth_state(context), root_B1, 0)
         return DraftState(self.drafter.exit_context(context), state, 0)
 
+    def recall(self, reading: Reading, length: int) -> None:
+        """Texts are not kept here: nothing is looked up."""
+
     def extend(self, state: DraftState, beam_BW: mx.array, token_BW: mx.array) -> DraftState:
         parent = mx.take_along_axis(state.state, beam_BW[:, :, None], axis=1)
         depth = state.depth + 1

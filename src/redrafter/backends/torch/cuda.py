@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from redrafter.algorithm.accept import Accepted
 from redrafter.algorithm.beam import DraftBeams, Reading, draft
+from redrafter.algorithm.lookup import Chain
 from redrafter.algorithm.ops import Ops
 from redrafter.algorithm.step import DecodeState, Stages, counted, step
 from redrafter.algorithm.tree import TokenTree, pack
@@ -23,6 +24,7 @@ from redrafter.backends.torch.drafting import DraftState, TorchDrafter
 from redrafter.backends.torch.graph import IDLE, CudaRecorder, GraphRunner, leaves, mapped
 from redrafter.backends.torch.kernels import step as kernels
 from redrafter.backends.torch.kernels.cell import gru_step, residual_block
+from redrafter.backends.torch.kernels.lookup import find_chain
 from redrafter.backends.torch.kernels.matmul import MAX_ROWS, few_rows
 from redrafter.backends.torch.kernels.outcome import pack_outcome
 from redrafter.backends.torch.kernels.trunk import LastContext
@@ -218,10 +220,8 @@ class KernelDrafter(TorchDrafter):
 
     def _first(self, reading: Reading) -> Tensor:
         """An idle row writes behind all texts."""
-        first_B = super()._first(reading)
-        if not self._keys:
-            return first_B
-        return torch.where(reading.first <= IDLE, self._keys[0].shape[2] - reading.tokens.shape[1], first_B)
+        behind = self._text.shape[1] - 1 - reading.tokens.shape[1]
+        return torch.where(reading.first <= IDLE, behind, super()._first(reading))
 
     def _attention(self, rows: slice, position_BT: Tensor) -> Attend:
         # Where steps have a kernel of their own, what comes here waits while another would be compiled.
@@ -251,6 +251,10 @@ class KernelDrafter(TorchDrafter):
             return state._replace(context=F.linear(state.context, self._of_context, self._bias))
         part = few_rows(state.context.reshape(rows, -1), self._of_context, self._bias)
         return state._replace(context=part[:, None])
+
+    def recall(self, reading: Reading, length: int) -> Chain:
+        reading = reading._replace(first=reading.first.contiguous(), count=reading.count.contiguous())
+        return find_chain(reading, self._text, length)
 
     def extend(self, state: DraftState, beam_BW: Tensor, token_BW: Tensor) -> DraftState:
         rows, width = beam_BW.shape

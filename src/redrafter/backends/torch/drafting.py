@@ -1,4 +1,5 @@
-"""A drafter at work: bound to its target's embedding and head, with the trunk's keys and values of every row."""
+"""A drafter at work: bound to its target's embedding and head, with the text and the trunk's keys and values of every
+row."""
 
 from __future__ import annotations
 
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor
 
 from redrafter.algorithm.beam import Reading
+from redrafter.algorithm.lookup import UNKNOWN, Chain, find_chain
 from redrafter.backends.torch.attention import masked_attention
 from redrafter.backends.torch.drafter import Drafter
+from redrafter.backends.torch.ops import TorchOps
 from redrafter.backends.torch.trunk import Attend
 from redrafter.errors import InvalidRequest
 
@@ -47,10 +50,16 @@ class TorchDrafter:
         self.token_ids = drafter.token_ids[: vocabulary or None] if reduced else None
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
+        self._text = drafter.token_ids.new_zeros(0, 0)
+        """[rows, slots]: tokens by position, what was read of every row"""
 
     def allocate(self, rows: int, capacity: int) -> None:
-        """Room for the trunk's keys and values of ``rows`` texts of up to ``capacity`` tokens; grows, never shrinks."""
+        """Room for ``rows`` texts of up to ``capacity`` tokens, and for the trunk's keys and values; grows, never
+        shrinks."""
         config = self.drafter.config
+        before = self._text
+        self._text = before.new_full((rows, capacity + 65), UNKNOWN)  # one more: tokens stand behind their pairs
+        self._text[: before.shape[0], : before.shape[1]] = before
         if not (config.trunk_layers and config.trunk_heads):
             return
         like = self._embed(torch.zeros(1, dtype=torch.int64, device=self.drafter.token_ids.device))
@@ -65,6 +74,7 @@ class TorchDrafter:
         """The first ``tokens`` pairs of row ``to`` become those of row ``source``."""
         for cache in (*self._keys, *self._values):
             cache[to, :, :tokens] = cache[source, :, :tokens]
+        self._text[to, : tokens + 1] = self._text[source, : tokens + 1]
 
     def swap_rows(self, a: int, b: int, tokens: int) -> None:
         """Exchange the first ``tokens`` pairs of two rows."""
@@ -72,6 +82,7 @@ class TorchDrafter:
             kept = cache[a, :, :tokens].clone()
             cache[a, :, :tokens] = cache[b, :, :tokens]
             cache[b, :, :tokens] = kept
+        self._text[[a, b], : tokens + 1] = self._text[[b, a], : tokens + 1]
 
     def read(self, reading: Reading, row: int = 0) -> Tensor:
         """The context [B, T, D] of every pair, whose keys and values are kept in rows ``row`` onward."""
@@ -79,6 +90,8 @@ class TorchDrafter:
         features = reading.features.to(next_BTD.dtype)
         first_B = self._first(reading)
         position_BT = first_B[:, None] + torch.arange(reading.tokens.shape[1], device=first_B.device)
+        if len(self._text):
+            self._text[row : row + len(first_B)].scatter_(1, position_BT + 1, reading.tokens)
         if not self._keys:
             assert not (self.drafter.config.trunk_layers and self.drafter.config.trunk_heads), "allocate() comes first"
             return self.drafter.context(features, next_BTD, position_BT)
@@ -88,11 +101,12 @@ class TorchDrafter:
     def read_at(self, reading: Reading, row_B: Tensor, kept_BT: Tensor) -> None:
         """Keep the keys and values of these pairs in rows that only the device knows; those of one text see each
         other. The other pairs are left out."""
-        if not self._keys:
-            return
-        slots = self._keys[0].shape[2]
+        slots = self._text.shape[1] - 1
         position_BT = reading.first[:, None] + torch.arange(reading.tokens.shape[1], device=row_B.device)
         slot_BT = torch.where(kept_BT, position_BT, slots - 1)
+        self._text[row_B[:, None], slot_BT + 1] = reading.tokens
+        if not self._keys:
+            return
         # Position -1 sees what position 0 sees: with nothing to see it would become NaN.
         mask = self.drafter.trunk.visible(position_BT.clamp(min=0), torch.arange(slots, device=row_B.device)[None])
 
@@ -135,6 +149,14 @@ class TorchDrafter:
         context = context_BTD[rows, last_B][:, None]
         root_B1 = reading.tokens[rows, last_B][:, None]
         return DraftState(context, self._next(self.drafter.zeroth_state(context), root_B1, 0), 0)
+
+    def recall(self, reading: Reading, length: int) -> Chain | None:
+        if not len(self._text):
+            return None
+        text_BS, end_B = self._text[: len(reading.count)], self._first(reading) + reading.count
+        if text_BS.device.type == "cpu":
+            text_BS = text_BS[:, : int(end_B.max()) + 1]
+        return find_chain(TorchOps(), text_BS, end_B, length)
 
     def extend(self, state: DraftState, beam_BW: Tensor, token_BW: Tensor) -> DraftState:
         index = beam_BW[:, :, None].expand(*beam_BW.shape, state.state.shape[-1])

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from redrafter.algorithm.lookup import Chain
 from redrafter.backends.torch.kernels.early import early, start_early
 from redrafter.backends.torch.kernels.topk import (
     NO_KEY,
@@ -53,6 +54,7 @@ class Winners(NamedTuple):
     token: Tensor  # [B, W] int64 target token id
     slot: Tensor  # [B, W] int64 pool slot
     score: Tensor  # [B, W] float32
+    follows: Tensor  # [B, W] int64, 1 where the beam has followed what was looked up
 
 
 def levels(shape: DecodeConfig, vocabulary: int) -> Iterator[Level]:
@@ -71,16 +73,33 @@ def new_pool(rows: int, slots: int, device: torch.device) -> Pool:
 
 
 def _no_winners(rows: int, width: int, device: torch.device) -> Winners:
-    beam, token, slot = (torch.empty(rows, width, dtype=torch.int64, device=device) for _ in range(3))
-    return Winners(beam, token, slot, torch.empty(rows, width, dtype=torch.float32, device=device))
+    beam, token, slot, follows = (torch.empty(rows, width, dtype=torch.int64, device=device) for _ in range(4))
+    return Winners(beam, token, slot, torch.empty(rows, width, dtype=torch.float32, device=device), follows)
+
+
+@triton.jit
+def _mixed(token, weight, guess, share, uses, exists, last):
+    """``algorithm.lookup.mixed`` of one row: children's tokens [BEAMS_P, CHILDREN_P] and weights with what was looked
+    up in them, and which are that."""
+    hit = (token == guess) & exists & uses
+    of_chain = tl.log(share)
+    own = weight + tl.log(1.0 - share)
+    missing = uses & (tl.max(hit.to(tl.int32), axis=1)[:, None] == 0) & last & (of_chain > own)
+    hit = hit | missing
+    own = tl.where(missing, float("-inf"), own)
+    chains = tl.where(hit, of_chain, float("-inf"))
+    largest = safe_maximum(tl.maximum(own, chains))
+    both = tl.log(tl.exp(own - largest) + tl.exp(chains - largest)) + largest
+    return tl.where(missing, guess, token), tl.where(uses, both, weight), hit
 
 
 @triton.jit
 def _merge(
-    row, keys, log_sum_exp, token_ids, parent_slot, parent_score, pool_token, pool_parent, pool_depth, pool_score,
-    out_beam, out_token, out_slot, out_score, pool, offset, depth, tiles,
+    row, keys, log_sum_exp, token_ids, parent_slot, parent_score, parent_follows, chain_token, chain_share, chain_row,
+    pool_token, pool_parent, pool_depth, pool_score,
+    out_beam, out_token, out_slot, out_score, out_follows, pool, offset, depth, tiles,
     BEAMS: tl.constexpr, CHILDREN: tl.constexpr, WIDTH: tl.constexpr, BEAMS_P: tl.constexpr, CHILDREN_P: tl.constexpr,
-    TILES_P: tl.constexpr, CANDIDATES_P: tl.constexpr, REDUCED: tl.constexpr, ROOT: tl.constexpr,
+    TILES_P: tl.constexpr, CANDIDATES_P: tl.constexpr, REDUCED: tl.constexpr, ROOT: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """Of one row: from the tiles' best keys and sums to the pool and the winners."""
     beam = tl.arange(0, BEAMS_P)[:, None]
@@ -112,12 +131,22 @@ def _merge(
     if not ROOT:
         above += tl.load(parent_score + source, mask=is_beam, other=0.0)
         slot_above += tl.load(parent_slot + source, mask=is_beam, other=0) + 1
-    score = key_value(best) - log_total + above
-    # Neither rounding nor NaN may lift a child over its parent (algorithm/beam.py).
-    score = tl.where(score <= above, score, above)
     token = key_index(best)
     if REDUCED:
         token = tl.load(token_ids + token, mask=exists, other=0)
+    weight = key_value(best) - log_total
+    if CHAIN:
+        follows = is_beam
+        if not ROOT:
+            follows = tl.load(parent_follows + source, mask=is_beam, other=0) != 0
+        place = row * chain_row + depth - 1
+        share = tl.load(chain_share + place) + tl.zeros([BEAMS_P, 1], tl.float32)
+        token, weight, hit = _mixed(
+            token, weight, tl.load(chain_token + place), share, follows & (share > 0), exists, child == CHILDREN - 1
+        )
+    # Neither rounding nor NaN may lift a child over its parent (algorithm/beam.py).
+    score = weight + above
+    score = tl.where(score <= above, score, above)
     place = beam * CHILDREN + child
     at = row * pool + offset + place
     tl.store(pool_token + at, token, mask=exists)
@@ -135,16 +164,20 @@ def _merge(
     tl.store(out_token + to, token, mask=wins)
     tl.store(out_slot + to, (offset + place).to(tl.int64), mask=wins)
     tl.store(out_score + to, score, mask=wins)
+    if CHAIN:
+        tl.store(out_follows + to, hit.to(tl.int64), mask=wins)
 
 
 @triton.jit(do_not_specialize=["offset", "depth"])  # one binary for all depths of one geometry
 def _beam_level(
     logits, noise, inverse_temperature, token_ids, keys, log_sum_exp, vocabulary, row_stride, noise_stride, arrived,
-    parent_slot, parent_score, pool_token, pool_parent, pool_depth, pool_score,
-    out_beam, out_token, out_slot, out_score, pool, offset, depth, tiles,
+    parent_slot, parent_score, parent_follows, chain_token, chain_share, chain_row,
+    pool_token, pool_parent, pool_depth, pool_score,
+    out_beam, out_token, out_slot, out_score, out_follows, pool, offset, depth, tiles,
     PADDED: tl.constexpr, BLOCK: tl.constexpr, COUPLED: tl.constexpr,
     BEAMS: tl.constexpr, CHILDREN: tl.constexpr, WIDTH: tl.constexpr, BEAMS_P: tl.constexpr, CHILDREN_P: tl.constexpr,
-    TILES_P: tl.constexpr, CANDIDATES_P: tl.constexpr, REDUCED: tl.constexpr, ROOT: tl.constexpr, EARLY: tl.constexpr,
+    TILES_P: tl.constexpr, CANDIDATES_P: tl.constexpr, REDUCED: tl.constexpr, ROOT: tl.constexpr, CHAIN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     start_early(EARLY)
     beam = tl.program_id(0).to(tl.int64)
@@ -157,10 +190,10 @@ def _beam_level(
     if tl.atomic_add(arrived + row, 1, sem="acq_rel") == BEAMS * tiles - 1:
         tl.store(arrived + row, 0)
         _merge(
-            row, keys, log_sum_exp, token_ids, parent_slot, parent_score,
-            pool_token, pool_parent, pool_depth, pool_score, out_beam, out_token, out_slot, out_score,
-            pool, offset, depth, tiles,
-            BEAMS, CHILDREN, WIDTH, BEAMS_P, CHILDREN_P, TILES_P, CANDIDATES_P, REDUCED, ROOT,
+            row, keys, log_sum_exp, token_ids, parent_slot, parent_score, parent_follows, chain_token, chain_share,
+            chain_row, pool_token, pool_parent, pool_depth, pool_score,
+            out_beam, out_token, out_slot, out_score, out_follows, pool, offset, depth, tiles,
+            BEAMS, CHILDREN, WIDTH, BEAMS_P, CHILDREN_P, TILES_P, CANDIDATES_P, REDUCED, ROOT, CHAIN,
         )  # fmt: skip
 
 
@@ -172,9 +205,10 @@ def beam_level(
     arrived_B: Tensor,
     token_ids: Tensor | None = None,
     coupling: Coupling | None = None,
+    chain: Chain | None = None,
 ) -> Winners:
     """Fill ``pool`` at ``level`` and pick the beams that go on. ``before``: this level's beams, None at the root.
-    ``arrived_B`` int32: zeros, and zeros again afterwards."""
+    ``arrived_B`` int32: zeros, and zeros again afterwards. ``chain``: what was looked up, contiguous."""
     rows, beams, vocabulary = logits_BWV.shape
     logits_RV = logits_BWV.reshape(rows * beams, vocabulary)
     assert logits_RV.stride(1) == 1 and beams == level.beams and len(arrived_B) == rows
@@ -189,12 +223,13 @@ def beam_level(
     _beam_level[(rows * beams, tiles)](
         logits_RV, noise, inverse, keys if token_ids is None else token_ids, keys, log_sum_exp,
         vocabulary, logits_RV.stride(0), noise.stride(0), arrived_B,
-        *((pool.parent, pool.score) if before is None else (before.slot, before.score)), *pool, *out,
+        *((pool.parent, pool.score, out.follows) if before is None else (before.slot, before.score, before.follows)),
+        *((out.follows, out.score, 0) if chain is None else (*chain, chain.tokens.stride(0))), *pool, *out,
         pool.score.shape[1], level.offset, level.depth, tiles,
         PADDED=padded, BLOCK=block, COUPLED=coupling is not None,
         BEAMS=beams, CHILDREN=level.children, WIDTH=level.width, BEAMS_P=beams_p, CHILDREN_P=padded,
         TILES_P=triton.next_power_of_2(tiles), CANDIDATES_P=candidates_p,
-        REDUCED=token_ids is not None, ROOT=before is None,
+        REDUCED=token_ids is not None, ROOT=before is None, CHAIN=chain is not None,
         num_warps=max(block // 512, 8 if beams_p * candidates_p > 2048 else 1), **early(keys),
         enable_fp_fusion=False,  # x * inverse + gumbel rounds twice, as in the algorithm
     )  # fmt: skip

@@ -57,6 +57,7 @@ def fast_draft(
     drafter's own. ``drafter.logits`` may be float32, bfloat16 or float16. ``arrived``: int32 zeros for B rows or more,
     which every draft leaves at zero; without them they are made."""
     state = drafter.begin(reading)
+    chain = drafter.recall(reading, shape.draft_length) if shape.prompt_lookup else None
     logits_BWV = drafter.logits(state)
     geometry = list(levels(shape, logits_BWV.shape[-1]))
     last = geometry[-1]
@@ -67,7 +68,7 @@ def fast_draft(
     winners = None
     for level in geometry:
         coupling = None if noise is None else Coupling(noise[0][:, level.depth - 1], noise[1])
-        winners = beam_level(logits_BWV, level, pool, winners, arrived[:rows], drafter.token_ids, coupling)
+        winners = beam_level(logits_BWV, level, pool, winners, arrived[:rows], drafter.token_ids, coupling, chain)
         if level is not last:
             state = drafter.extend(state, winners.beam, winners.token)
             logits_BWV = drafter.logits(state)
