@@ -14,7 +14,7 @@ from redrafter.policy import PROBE_EVERY, Adaptive, Fixed, Timed, bucket_of
 
 
 def shape(width: int, length: int, nodes: int) -> DecodeConfig:
-    return DecodeConfig(beam_width=width, branching=width, draft_length=length, tree_size=nodes)
+    return DecodeConfig(beam_width=width, branching=width, draft_length=length, tree_size=nodes, prompt_lookup=0)
 
 
 # Acceptance per depth, the drafter's usual text: larger trees have more.

@@ -93,12 +93,12 @@ def run_job(args: argparse.Namespace, job: Job) -> None:
     evaluation = Evaluation(run.learner.target, drafter)
     found = {
         "greedy": by_category(
-            evaluation, answers(args, opened, 0.0), prompts, EvalOptions(args.max_new, prompt_lookup=False)
+            evaluation, answers(args, opened, 0.0), prompts, EvalOptions(args.max_new, prompt_lookup=0)
         )
     }
     if job == Job("shipped", SEEDS[0]):
         for coupled in (True, False):
-            options = EvalOptions(args.max_new, temperature=1.0, coupled=coupled, rows=512, prompt_lookup=False)
+            options = EvalOptions(args.max_new, temperature=1.0, coupled=coupled, rows=512, prompt_lookup=0)
             name = f"t1 {'coupled' if coupled else 'uncoupled'}"
             found[name] = by_category(evaluation, answers(args, opened, 1.0), prompts, options)
     size = drafter_bytes(drafter.config)

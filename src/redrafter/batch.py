@@ -17,7 +17,7 @@ MAX_PENDING = 64
 
 def first_state(backend: Backend, config: DecodeConfig, features_F: Array, root: int, length: int) -> DecodeState:
     """One row whose ``length`` tokens lie in the cache and whose next token, the root, does not."""
-    one = backend.array([[0] * (config.draft_length + 1 if config.speculative else 1)])
+    one = backend.array([[0] * (config.deepest + 1 if config.speculative else 1)])
     return DecodeState(
         reading=Reading(
             features=features_F[None, None] + 0 * one[:, :, None],

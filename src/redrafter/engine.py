@@ -223,9 +223,9 @@ class Engine:
     def _admit(self, request: Request) -> None:
         """Make room for the request and take what its prompt shares with a text in the cache."""
         shapes = self.policy.shapes
-        tokens = len(request.prompt_ids) + request.room + max(max(s.tree_size, s.draft_length + 1) for s in shapes)
+        tokens = len(request.prompt_ids) + request.room + max(max(s.tree_size, s.deepest + 1) for s in shapes)
         if self.backend.run_ahead:  # a step may follow the request's last one
-            tokens += max(s.draft_length + 1 for s in shapes)
+            tokens += max(s.deepest + 1 for s in shapes)
         now = time.perf_counter()
         request.statistics.queue_seconds = now - request.added
         row = len(self._running) + len(self._prefilling)
@@ -277,7 +277,7 @@ class Engine:
         config = self.policy.choose(len(self._running))
         assert config in self.policy.shapes, config
         if config.speculative:
-            before = before._replace(reading=of_width(backend, before.reading, config.draft_length + 1))
+            before = before._replace(reading=of_width(backend, before.reading, config.deepest + 1))
         launched = time.perf_counter()  # before the step: a backend without a queue computes it in the call
         state, accepted, tree = backend.step(before, config)
         if not config.speculative and self.speculative:
@@ -365,7 +365,7 @@ class Engine:
     def _in_flight(self, request: Request) -> int:
         """Tokens that steps the host has not read may have put into the request's row, at most."""
         steps = [f.config for f in self._flights if request in f.requests]
-        return sum(c.draft_length + 1 if c.speculative else 1 for c in steps)
+        return sum(c.deepest + 1 if c.speculative else 1 for c in steps)
 
     def _finish(self, request: Request, reason: str, error: RedrafterError | None = None) -> None:
         request.ended = True

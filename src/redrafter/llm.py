@@ -53,7 +53,7 @@ class LLM:
         config: DecodeConfig | None = None,
         threads: int | None = None,
         compile: bool = True,
-        prompt_lookup: bool = True,
+        prompt_lookup: int = DecodeConfig.prompt_lookup,
         progress: Callable[[str], None] | None = None,
     ) -> LLM:
         """Find, check and load a model and its drafter.
@@ -61,7 +61,7 @@ class LLM:
         model: the default's name, a Hub id, a folder or a GGUF file. drafter: "auto" (the shipped one for this model,
         or none), "none", or a folder. backend: "auto" (MLX on Apple silicon, else torch), "torch" or "mlx". config:
         the beam shape; None lets the program pick it. compile: False keeps a GPU to torch's (MLX's) own eager
-        operations. prompt_lookup: False drafts nothing but the drafter's own guesses; with a ``config`` that says it.
+        operations. prompt_lookup: as in DecodeConfig, of the beam shapes that the program picks.
         progress: told in a few words what is being done.
         """
         from redrafter.load import load, pick_backend  # brings a backend: only when weights are really loaded

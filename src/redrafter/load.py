@@ -42,13 +42,15 @@ def load(
     config: DecodeConfig | None = None,
     threads: int | None = None,
     compile: bool = True,
-    prompt_lookup: bool = True,
+    prompt_lookup: int = DecodeConfig.prompt_lookup,
 ) -> Engine:
     """An engine over the files of a model and of its drafter. Without ``config`` every step takes the shape that
     promises most: the shapes whose tokens per step the drafter's metadata names are timed here (``shape.adaptive``),
     then their times and their acceptance are learnt (``policy.Adaptive``). ``compile=False`` keeps a GPU to eager
     operations: no graphs, no compiled steps, no kernels of ours. ``prompt_lookup``: of the shapes picked here."""
     chosen = pick_backend(backend)
+    if chosen == "mlx":  # it does not keep the texts
+        prompt_lookup, config = 0, config and replace(config, prompt_lookup=0)
     if threads is not None:
         _set_threads(chosen, threads)
     if chosen == "mlx":

@@ -107,7 +107,8 @@ class DecodeConfig:
 
     beam_width: beams kept per depth; branching: children scored per beam; draft_length: drafted tokens per beam (the
     root is not counted); tree_size: nodes verified per step (the root is counted, so 1 is plain decoding).
-    prompt_lookup: what followed when the text last ended as it does now is drafted beside what the drafter thinks.
+    prompt_lookup: what followed when the text last ended as it does now is drafted, too, up to this depth, also below
+    the beams; 0 leaves it to the drafter alone.
     """
 
     beam_width: int = 8
@@ -115,7 +116,7 @@ class DecodeConfig:
     draft_length: int = 8
     tree_size: int = 64
     seed_coupled: bool = True
-    prompt_lookup: bool = True
+    prompt_lookup: int = 15
 
     def __post_init__(self) -> None:
         for name, most in (
@@ -127,11 +128,19 @@ class DecodeConfig:
             value = getattr(self, name)
             ok = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
             _check(ok, name, value, f"a whole number from 1 to {most}", "see `redrafter generate --help`")
+        value = self.prompt_lookup
+        ok = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_DRAFT_LENGTH
+        _check(ok, "prompt_lookup", value, f"a whole number from 0 to {MAX_DRAFT_LENGTH}", "0 turns it off")
+
+    @property
+    def deepest(self) -> int:
+        """The most drafted tokens that a step may accept."""
+        return max(self.draft_length, self.prompt_lookup)
 
     @property
     def speculative(self) -> bool:
         return self.tree_size > 1
 
 
-PLAIN = DecodeConfig(beam_width=1, branching=1, draft_length=1, tree_size=1)
+PLAIN = DecodeConfig(beam_width=1, branching=1, draft_length=1, tree_size=1, prompt_lookup=0)
 """Plain decoding through the same code: a tree that is only its root."""

@@ -334,7 +334,7 @@ class _Yields:
     """
 
     def __init__(self, shapes: Sequence[DecodeConfig], tokens: Sequence[float]) -> None:
-        lengths = [shape.draft_length if shape.speculative else 0 for shape in shapes]
+        lengths = [shape.deepest if shape.speculative else 0 for shape in shapes]
         base = [_acceptance(t - 1, length) for t, length in zip(tokens, lengths, strict=True)]
         self._grid = [
             [1 + _accepted(a**g, length) for a, length in zip(base, lengths, strict=True)]

@@ -63,10 +63,10 @@ class RequestStatistics:
         self.steps += 1
         if config.speculative:
             self.drafted_steps += 1
-            self.drafted_tokens += config.draft_length
+            self.drafted_tokens += config.deepest
             self.tree_nodes += nodes
             self.unmerged_tokens += unmerged
-            depths = self.accepted_at_depth + [0] * (config.draft_length - len(self.accepted_at_depth))
+            depths = self.accepted_at_depth + [0] * (config.deepest - len(self.accepted_at_depth))
             self.accepted_at_depth = [n + (d < accepted) for d, n in enumerate(depths)]
 
     def to_dict(self) -> dict[str, Any]:

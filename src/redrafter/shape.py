@@ -37,7 +37,7 @@ def time_shapes(backend: Backend, candidates: Sequence[Candidate], max_batch: in
     """Plain decoding and every candidate with their measured step time; where steps are recorded, the most promising
     of them for more rows too, up to ``max_batch``."""
     everything = [Candidate(PLAIN, 1.0), *candidates]
-    largest = max(c.config.tree_size + 2 * (c.config.draft_length + 1) for c in everything)
+    largest = max(c.config.tree_size + 2 * (c.config.deepest + 1) for c in everything)
     tokens = min(PROBE_TOKENS, backend.context_limit - 1)
     rows_to_time = _rows_to_time(max_batch if backend.graphs is not None else 1)
     backend.reserve(rows_to_time[-1], tokens + largest)

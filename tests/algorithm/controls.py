@@ -17,7 +17,7 @@ def faulty_step(fault: str):
     """The lines of ``step`` with one of them spoilt: node_noise, sibling_seen, parent_off_by_one; or none."""
 
     def step(ops, target, drafter, state, shape):
-        depths = shape.draft_length + 1
+        depths = shape.deepest + 1
         noise = step_noise(ops, target, state, depths)
         beams = draft(ops, drafter, state.reading, state.root, shape, noise if shape.seed_coupled else None)
         tree = pack(ops, beams, state.root, shape.tree_size)

@@ -32,7 +32,11 @@ class Shape:
     tree_size: int
     branching: int = 4
     seed_coupled: bool = True
-    prompt_lookup: bool = False
+    prompt_lookup: int = 0
+
+    @property
+    def deepest(self) -> int:
+        return max(self.draft_length, self.prompt_lookup)
 
 
 class Tables:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tables import OPS, Shape
 from test_beam import PROMPTS, V, run, written_out
 
-from redrafter.algorithm.beam import DraftBeams, beam_tokens, no_beams
-from redrafter.algorithm.tree import DEAD, TokenTree, ancestor_mask, keep_final_beams, pack, unmerged_tokens
+from redrafter.algorithm.beam import DEAD, DraftBeams, beam_tokens, no_beams
+from redrafter.algorithm.tree import TokenTree, ancestor_mask, keep_final_beams, pack, unmerged_tokens
 
 ROOT = torch.tensor([p[-1] for p in PROMPTS])
 

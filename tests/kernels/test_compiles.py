@@ -76,14 +76,15 @@ def test_draft_and_pack_compile(done: list[str]) -> None:
     shape = DecodeConfig(beam_width=8, branching=8, draft_length=2, tree_size=64)
     ids, gumbel = torch.arange(5000), torch.zeros(2, 5000)
     geometry = list(beam.levels(shape, 5000))
-    pool = beam.new_pool(2, 72, torch.device("cpu"))
+    pool = beam.new_pool(2, 72 + 13, torch.device("cpu"))
     winners = None
     arrived = torch.zeros(2, dtype=torch.int32)
     for depth in geometry:
         logits = torch.zeros(2, depth.beams, 5000, dtype=torch.bfloat16)
         coupling = topk.Coupling(gumbel, torch.ones(2)) if depth.depth == 2 else None
-        chain = lookup.Chain(torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2)) if depth.depth == 2 else None
-        winners = beam.beam_level(logits, depth, pool, winners, arrived, ids, coupling, chain)
+        chain = lookup.Chain(torch.zeros(2, 15, dtype=torch.int64), torch.zeros(2, 15))
+        looked_up = beam.LookedUp(chain, 13) if depth.depth == 2 else None
+        winners = beam.beam_level(logits, depth, pool, winners, arrived, ids, coupling, looked_up)
     assert winners is not None
     pack.pack(pack.DraftBeams(*pool, winners.slot, 2), torch.zeros(2, dtype=torch.int64), 64)
     assert done == ["_beam_level"] * 2 + ["_pack"]

@@ -77,7 +77,7 @@ def assert_same_pool(got: DraftBeams, expected: DraftBeams) -> None:
         left, right = getattr(got, name), getattr(expected, name)
         assert left.dtype == right.dtype and torch.equal(left, right), name
     torch.testing.assert_close(got.score, expected.score, rtol=1e-5, atol=1e-5)
-    assert got.draft_length == expected.draft_length
+    assert (got.draft_length, got.tail) == (expected.draft_length, expected.tail)
 
 
 GRID = [
@@ -141,7 +141,7 @@ def test_the_whole_drafting_side_is_the_algorithms(setting: str, device: torch.d
     fields = {name: torch.tensor(value, device=device) for name, value in SETTINGS[setting].items()}
     key = torch.tensor([key_of(s) for s in (1, 2, 3)], device=device)
     sampling = Sampling(key=key, **fields)
-    depths = shape.draft_length + 1
+    depths = shape.deepest + 1
     lengths = torch.tensor([5, 17, 900], device=device)
 
     class Sized:

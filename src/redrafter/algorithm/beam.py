@@ -8,6 +8,8 @@ from redrafter.algorithm.lookup import Chain, mixed
 from redrafter.algorithm.ops import Array, Ops
 from redrafter.params import DecodeConfig
 
+DEAD = -1.0e30  # a score that no path reaches: marks pool slots that must not be verified
+
 
 class DraftBeams(NamedTuple):
     """The pool: every (beam, child) pair that was scored, depth by depth, so a parent stands before its children."""
@@ -19,6 +21,8 @@ class DraftBeams(NamedTuple):
     """[B, P] float32 path score: the sum of log child weights from the root; a child's is never above its parent's"""
     final: Array  # [B, W] int64 pool slots of the beams that survived to the last depth, best first
     draft_length: int
+    tail: int = 0
+    """slots at the pool's end, one a depth: what was looked up goes on below the beams"""
 
 
 class Reading(NamedTuple):
@@ -67,7 +71,7 @@ def draft(
     shape has ``prompt_lookup``, what the drafter recalls is mixed into the weights.
     """
     state = drafter.begin(reading)
-    chain = drafter.recall(reading, shape.draft_length) if shape.prompt_lookup else None
+    chain = drafter.recall(reading, shape.deepest) if shape.prompt_lookup else None
     rows = root_B.shape[0]
     slot_BW = ops.full((rows, 1), -1, like=root_B)
     score_BW = ops.full((rows, 1), 0.0, like=root_B)
@@ -103,8 +107,30 @@ def draft(
             state = drafter.extend(state, winner_BW // children, token_BW)
             if chain is not None:
                 follows_BW = ops.take_along(hit_BWK.reshape(rows, -1), winner_BW, 1)
+    tail = 0
+    if chain is not None and shape.deepest > shape.draft_length:
+        children_BC = hit_BWK.reshape(rows, -1), child_BC
+        pool.append(_tail(ops, chain, children_BC, size, shape.draft_length))
+        tail = shape.deepest - shape.draft_length
     tokens_BP, parent_BP, depth_BP, pool_BP = (ops.concat([level[i] for level in pool], 1) for i in range(4))
-    return DraftBeams(tokens_BP, parent_BP, depth_BP, pool_BP, slot_BW, shape.draft_length)
+    return DraftBeams(tokens_BP, parent_BP, depth_BP, pool_BP, slot_BW, shape.draft_length, tail)
+
+
+def _tail(
+    ops: Ops, chain: Chain, children_BC: tuple[Array, Array], size: int, draft_length: int
+) -> tuple[Array, Array, Array, Array]:
+    """Below the child of the last depth that follows the chain: the rest of the chain. ``children_BC``: which do, and
+    their scores; they are the last of ``size`` slots."""
+    hit_BC, child_BC = children_BC
+    tokens_BT = chain.tokens[:, draft_length:]
+    before_BC = ops.where(hit_BC, child_BC, DEAD)
+    last_B1 = ops.argmax(before_BC)[:, None]
+    above_B1 = ops.take_along(before_BC, last_B1, 1)
+    count_T = ops.arange(tokens_BT.shape[1], like=tokens_BT)[None] + 0 * tokens_BT
+    score_BT = above_B1 + ops.cumsum(ops.log(chain.weight[:, draft_length:]))
+    score_BT = ops.where(above_B1 > DEAD / 2, score_BT, DEAD)
+    parent_BT = ops.where(count_T == 0, last_B1 + size - child_BC.shape[1], size - 1 + count_T)
+    return tokens_BT, parent_BT, count_T + draft_length + 1, score_BT
 
 
 def _couple(

@@ -58,10 +58,10 @@ def step(
     shape: DecodeConfig,
     stages: Stages | None = None,
 ) -> tuple[DecodeState, Accepted, TokenTree]:
-    """Emit 1 to L+1 tokens per row. A tree of one node, or no drafter, is plain decoding through the same text."""
+    """Emit 1 to shape.deepest + 1 tokens per row. A tree of one node, or no drafter, is plain decoding."""
     stages = stages or STAGES
     speculate = drafter is not None and shape.tree_size > 1
-    depths = shape.draft_length + 1 if speculate else 1
+    depths = shape.deepest + 1 if speculate else 1
     noise = stages.noise(ops, target, state, depths)
     beams = no_beams(ops, state.root)
     if drafter is not None and speculate:

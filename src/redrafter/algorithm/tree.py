@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from redrafter.algorithm.beam import DraftBeams
+from redrafter.algorithm.beam import DEAD, DraftBeams
 from redrafter.algorithm.ops import Array, Ops
-
-DEAD = -1.0e30  # a score that no path reaches: marks pool slots that must not be verified
 
 
 class TokenTree(NamedTuple):
@@ -49,7 +47,9 @@ def pack(ops: Ops, beams: DraftBeams, root: Array, tree_size: int) -> TokenTree:
     tokens_BN = ops.concat([root_B1, ops.take_along(beams.tokens, slot_BN, 1)], 1)
     depth_BN = ops.concat([zero_B1, ops.take_along(beams.depth, slot_BN, 1)], 1)
     live_BN = ops.concat([zero_B1 == 0, ops.take_along(beams.score, slot_BN, 1) > DEAD / 2], 1)
-    return TokenTree(tokens_BN, parent_BN, depth_BN, ancestor_mask(ops, parent_BN, beams.draft_length), live_BN)
+    return TokenTree(
+        tokens_BN, parent_BN, depth_BN, ancestor_mask(ops, parent_BN, beams.draft_length + beams.tail), live_BN
+    )
 
 
 def ancestor_mask(ops: Ops, parent_BN: Array, draft_length: int) -> Array:

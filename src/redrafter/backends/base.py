@@ -31,7 +31,7 @@ class Fetched(NamedTuple):
     """A step's outcome on its way to the host."""
 
     packed: Array
-    """[B, draft_length + 5] int64: tokens | accepted | finite | nodes | unmerged"""
+    """[B, deepest + 5] int64: tokens | accepted | finite | nodes | unmerged"""
     logprobs: tuple[Array, Array, Array] | None
     """of the tokens [B, L+1], and the most likely ones [B, L+1, MAX_LOGPROBS]: their ids and theirs"""
     ready: Any = None

@@ -24,7 +24,7 @@ class Outcome(NamedTuple):
     """A step's outcome on the host, a list entry per row."""
 
     tokens: list[list[int]]
-    """draft_length + 1 each: the accepted ones, then the bonus, which repeats to the end"""
+    """deepest + 1 each: the accepted ones, then the bonus, which repeats to the end"""
     accepted: list[int]
     """drafted tokens accepted; the bonus comes on top"""
     finite: list[bool]
@@ -101,7 +101,7 @@ class Backend(Protocol):
 
     def step(self, state: DecodeState, config: DecodeConfig) -> tuple[DecodeState, Accepted, TokenTree]:
         """One decoding step (``algorithm.step.step``) of every row of ``state``, which are the cache's first rows. If
-        it speculates, ``state.reading`` is draft_length + 1 pairs wide."""
+        it speculates, ``state.reading`` is deepest + 1 pairs wide."""
 
     def fetch(self, accepted: Accepted, tree: TokenTree) -> Any:
         """Start to bring a step's outcome to the host; returns at once. What it returns is for ``read``."""

@@ -40,7 +40,7 @@ def open_instrument(
     max_context: int,
     max_batch: int,
     config: DecodeConfig | None,
-    prompt_lookup: bool = True,
+    prompt_lookup: int = DecodeConfig.prompt_lookup,
 ) -> LLM:
     """``shape``: a name of ``widen.SHAPES`` or a LlamaConfig. The rest is as in ``LLM.from_pretrained``."""
     from transformers import AutoModelForCausalLM

@@ -69,7 +69,7 @@ def step_bytes(backend: TorchBackend) -> int:
 
 def _parts(backend: TorchBackend, shape: DecodeConfig) -> dict[str, Callable[[], Any]]:
     ops, target, drafter = backend.ops, backend.target, backend.drafter
-    backend.reserve(1, CACHED_TOKENS + shape.tree_size + shape.draft_length + 2)
+    backend.reserve(1, CACHED_TOKENS + shape.tree_size + shape.deepest + 2)
     stages = backend.stages
     state = first_state(backend, shape, backend.no_features(), root=1, length=CACHED_TOKENS)
     beams = stages.draft(ops, drafter, state.reading, state.root, shape, None)
@@ -77,7 +77,7 @@ def _parts(backend: TorchBackend, shape: DecodeConfig) -> dict[str, Callable[[],
     one = pack(ops, no_beams(ops, state.root), state.root, 1)
     logits, _ = target.verify(tree, state.lengths)
     logits = logits.clone()
-    accepted = stages.choose_accept(ops, logits, tree, state.sampling, None, shape.draft_length + 1)
+    accepted = stages.choose_accept(ops, logits, tree, state.sampling, None, shape.deepest + 1)
     whole = getattr(backend, "whole_step", backend.step)  # what a graph records, or the step itself
     return {
         "plain step": lambda: whole(without_reading(state), PLAIN),
@@ -86,9 +86,7 @@ def _parts(backend: TorchBackend, shape: DecodeConfig) -> dict[str, Callable[[],
         "pack": lambda: stages.pack(ops, beams, state.root, shape.tree_size),
         "verify tree": lambda: target.verify(tree, state.lengths),
         "verify one row": lambda: target.verify(one, state.lengths),
-        "choose and accept": lambda: stages.choose_accept(
-            ops, logits, tree, state.sampling, None, shape.draft_length + 1
-        ),
+        "choose and accept": lambda: stages.choose_accept(ops, logits, tree, state.sampling, None, shape.deepest + 1),
         "commit": lambda: target.commit(state.lengths, accepted),
     }
 

@@ -73,7 +73,7 @@ def bench(
     branching: opt.Branching = None,
     draft_length: opt.DraftLength = None,
     tree_size: opt.TreeSize = None,
-    prompt_lookup: opt.PromptLookup = True,
+    prompt_lookup: opt.PromptLookup = opt.LOOKUP,
     batch: Annotated[int, typer.Option(min=1, help="Requests at once, each way.")] = 1,
     repeat: Annotated[int, typer.Option(min=1, help="Times each way; seconds are medians.")] = 1,
     no_plain: Annotated[bool, typer.Option("--no-plain", help="Speculative only: tokens per step.")] = False,

@@ -42,7 +42,7 @@ def evaluate(
     seed_coupled: Annotated[
         bool, typer.Option("--seed-coupled/--no-seed-coupled", help="Beams see the noise that the model adds.")
     ] = True,
-    prompt_lookup: opt.PromptLookup = True,
+    prompt_lookup: opt.PromptLookup = opt.LOOKUP,
     save_shapes: Annotated[
         bool,
         typer.Option(

@@ -64,7 +64,7 @@ def generate(
     branching: opt.Branching = None,
     draft_length: opt.DraftLength = None,
     tree_size: opt.TreeSize = None,
-    prompt_lookup: opt.PromptLookup = True,
+    prompt_lookup: opt.PromptLookup = opt.LOOKUP,
     speculation: Annotated[
         bool, typer.Option("--speculation/--no-speculation", help="Draft, or decode plainly.")
     ] = True,

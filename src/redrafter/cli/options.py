@@ -44,11 +44,10 @@ TreeSize = Annotated[
     int | None, typer.Option(help="Beam shape: nodes verified per step, root counted.", show_default=False)
 ]
 PromptLookup = Annotated[
-    bool,
-    typer.Option(
-        "--prompt-lookup/--no-prompt-lookup", help="Also draft what followed when the text last ended like this."
-    ),
+    int,
+    typer.Option(help="Also draft what followed when the text last ended like this, up to so many tokens; 0: not."),
 ]
+LOOKUP = DecodeConfig.prompt_lookup
 
 
 def decode_config(
@@ -56,7 +55,7 @@ def decode_config(
     branching: int | None,
     draft_length: int | None,
     tree_size: int | None,
-    prompt_lookup: bool = True,
+    prompt_lookup: int = LOOKUP,
 ) -> DecodeConfig | None:
     """The beam shape asked for; None if nothing was, so that the program picks it."""
     asked = {
@@ -96,7 +95,7 @@ def load_llm(
     quiet: bool = False,
     max_batch: int = 1,
     compile: bool = True,
-    prompt_lookup: bool = True,
+    prompt_lookup: int = LOOKUP,
 ) -> LLM:
     """``LLM.from_pretrained`` with its progress on stderr; by default a single request at a time."""
     with progress(quiet) as tell:

@@ -68,7 +68,7 @@ def serve(
     branching: opt.Branching = None,
     draft_length: opt.DraftLength = None,
     tree_size: opt.TreeSize = None,
-    prompt_lookup: opt.PromptLookup = True,
+    prompt_lookup: opt.PromptLookup = opt.LOOKUP,
     request_metrics: Annotated[
         str, typer.Option(help="Acceptance in every answer: none, summary or detailed (each step).")
     ] = "summary",

@@ -159,9 +159,9 @@ class Evaluation:
         """Accepted drafts at every anchor of the texts."""
         device, ops, shape = self.target.device, TorchOps(), walk.shape
         drafter = self.worker(walk.vocabulary)
-        tail = np.full(shape.draft_length + 1, -1, dtype=np.int64)
+        tail = np.full(shape.deepest + 1, -1, dtype=np.int64)
         padded = [np.concatenate([t.tokens[t.start - 1 :], tail]) for t in texts]
-        windows = [np.lib.stride_tricks.sliding_window_view(p, shape.draft_length + 1)[:-2] for p in padded]
+        windows = [np.lib.stride_tricks.sliding_window_view(p, shape.deepest + 1)[:-2] for p in padded]
         text_AL = torch.from_numpy(np.concatenate(windows)).to(device)  # root, then what follows it
         context_AD, counts = torch.cat(contexts), [len(w) for w in windows]
         recall = None
@@ -169,7 +169,7 @@ class Evaluation:
             recall = Recall([t.tokens for t in texts], [t.start - 1 for t in texts], counts, device)
         parts, merged = [], torch.zeros((), device=device)
         for here, noise in self._parts(texts, counts, walk):
-            drafter.chain = None if recall is None else recall(here, shape.draft_length)
+            drafter.chain = None if recall is None else recall(here, shape.deepest)
             root = text_AL[here, 0].contiguous()
             ones = torch.ones_like(root)
             reading = Reading(context_AD[here, None], root[:, None], ones, ones)
@@ -239,9 +239,7 @@ def table(texts: list[AnswerText], lengths: list[np.ndarray], sizes: tuple[int, 
     return out
 
 
-def evaluation_shape(
-    drafter: Drafter, beam_width: int = 8, branching: int = 8, prompt_lookup: bool = False
-) -> DecodeConfig:
+def evaluation_shape(drafter: Drafter, beam_width: int = 8, branching: int = 8, prompt_lookup: int = 0) -> DecodeConfig:
     """Beams as the drafter can fill them, and the largest tree of the tables. Without prompt lookup what is measured
     is the drafter alone."""
     vocabulary, length = drafter.config.vocabulary, drafter.config.draft_length
@@ -295,8 +293,8 @@ class EvalOptions(NamedTuple):
     """of the first prompt, at a temperature over 0"""
     coupled: bool = True
     """at a temperature over 0: beams see the noise that the target adds"""
-    prompt_lookup: bool = True
-    """as decoding does; without it the figures are the drafter's alone"""
+    prompt_lookup: int = DecodeConfig.prompt_lookup
+    """as decoding does; with 0 the figures are the drafter's alone"""
     shapes: bool = False
     """also of every beam shape that a program picks from"""
 

@@ -58,7 +58,7 @@ class MLXDrafter:
     def allocate(self, rows: int, capacity: int) -> None:
         """Room for the trunk's keys and values of ``rows`` texts of up to ``capacity`` tokens; grows, never shrinks."""
         if self.cache is not None:
-            # One step writes draft_length + 1 pairs, of which those past the accepted ones are written again.
+            # One step writes deepest + 1 pairs, of which those past the accepted ones are written again.
             self.cache.reserve(rows, capacity + SLOT_STEP)
 
     def copy_prefix(self, source: int, to: int, tokens: int) -> None:

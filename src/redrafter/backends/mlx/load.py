@@ -172,7 +172,7 @@ class MLXBackend(BaseBackend):
 
     def step(self, state: DecodeState, config: DecodeConfig) -> tuple[DecodeState, Accepted, TokenTree]:
         speculate = self.drafter is not None and config.tree_size > 1
-        depths = config.draft_length + 1 if speculate else 1
+        depths = config.deepest + 1 if speculate else 1
         if not self._known.about(state.lengths):
             self._known.start(state.lengths, self.host(state.lengths))
         caches, longest = self._caches if speculate else [self.target.cache], self._known.longest

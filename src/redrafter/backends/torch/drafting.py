@@ -63,7 +63,7 @@ class TorchDrafter:
         if not (config.trunk_layers and config.trunk_heads):
             return
         like = self._embed(torch.zeros(1, dtype=torch.int64, device=self.drafter.token_ids.device))
-        # One step writes draft_length + 1 pairs, of which those past the accepted ones are overwritten by the next.
+        # One step writes deepest + 1 pairs, of which those past the accepted ones are overwritten by the next.
         size = (rows, config.trunk_kv_heads, capacity + 64, config.width // config.trunk_heads)
         for caches in (self._keys, self._values):
             old, caches[:] = caches[:], [like.new_zeros(size) for _ in range(config.trunk_layers)]

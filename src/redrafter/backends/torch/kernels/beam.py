@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from redrafter.algorithm.beam import DEAD
 from redrafter.algorithm.lookup import Chain
 from redrafter.backends.torch.kernels.early import early, start_early
 from redrafter.backends.torch.kernels.topk import (
@@ -36,6 +37,13 @@ class Level(NamedTuple):
     beams: int  # beams that have children here
     children: int  # children per beam
     width: int  # beams that go on
+
+
+class LookedUp(NamedTuple):
+    chain: Chain
+    """contiguous"""
+    tail: int
+    """of the last level: how far the chain goes on below it; the pool ends with as many slots"""
 
 
 class Pool(NamedTuple):
@@ -100,6 +108,7 @@ def _merge(
     out_beam, out_token, out_slot, out_score, out_follows, pool, offset, depth, tiles,
     BEAMS: tl.constexpr, CHILDREN: tl.constexpr, WIDTH: tl.constexpr, BEAMS_P: tl.constexpr, CHILDREN_P: tl.constexpr,
     TILES_P: tl.constexpr, CANDIDATES_P: tl.constexpr, REDUCED: tl.constexpr, ROOT: tl.constexpr, CHAIN: tl.constexpr,
+    TAIL: tl.constexpr, TAIL_P: tl.constexpr, DEAD: tl.constexpr,
 ):  # fmt: skip
     """Of one row: from the tiles' best keys and sums to the pool and the winners."""
     beam = tl.arange(0, BEAMS_P)[:, None]
@@ -153,6 +162,24 @@ def _merge(
     tl.store(pool_parent + at, slot_above, mask=exists)
     tl.store(pool_depth + at, tl.zeros([BEAMS_P, CHILDREN_P], tl.int64) + depth, mask=exists)
     tl.store(pool_score + at, score, mask=exists)
+    if TAIL > 0:  # below the one child that follows the chain: the rest of it
+        behind = tl.arange(0, TAIL_P)
+        to = row * chain_row + depth + behind
+        logs = tl.log(tl.load(chain_share + to, mask=behind < TAIL, other=1.0))
+        start = tl.sum(tl.sum(tl.where(hit, score, 0.0), axis=1), axis=0)
+        above = tl.sum(tl.sum(tl.where(hit, offset + place, 0), axis=1), axis=0)
+        found = tl.max(tl.max(hit.to(tl.int32), axis=1), axis=0)
+        above = tl.where(found > 0, above, offset)
+        slot = row * pool + offset + BEAMS * CHILDREN + behind
+        rest = behind < TAIL
+        tl.store(pool_token + slot, tl.load(chain_token + to, mask=rest, other=0), mask=rest)
+        tl.store(
+            pool_parent + slot,
+            tl.where(behind == 0, above, offset + BEAMS * CHILDREN - 1 + behind).to(tl.int64),
+            mask=rest,
+        )
+        tl.store(pool_depth + slot, (depth + 1 + behind).to(tl.int64), mask=rest)
+        tl.store(pool_score + slot, tl.where(found + 0 * behind > 0, start + tl.cumsum(logs, axis=0), DEAD), mask=rest)
 
     # A child's rank is the number of better ones; keys are distinct, so the ranks below WIDTH are the winners in order.
     rival = tl.reshape(tl.where(exists, order_key(score, place), NO_KEY), [BEAMS_P * CHILDREN_P])
@@ -177,7 +204,7 @@ def _beam_level(
     PADDED: tl.constexpr, BLOCK: tl.constexpr, COUPLED: tl.constexpr,
     BEAMS: tl.constexpr, CHILDREN: tl.constexpr, WIDTH: tl.constexpr, BEAMS_P: tl.constexpr, CHILDREN_P: tl.constexpr,
     TILES_P: tl.constexpr, CANDIDATES_P: tl.constexpr, REDUCED: tl.constexpr, ROOT: tl.constexpr, CHAIN: tl.constexpr,
-    EARLY: tl.constexpr,
+    TAIL: tl.constexpr, TAIL_P: tl.constexpr, DEAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     start_early(EARLY)
     beam = tl.program_id(0).to(tl.int64)
@@ -194,6 +221,7 @@ def _beam_level(
             chain_row, pool_token, pool_parent, pool_depth, pool_score,
             out_beam, out_token, out_slot, out_score, out_follows, pool, offset, depth, tiles,
             BEAMS, CHILDREN, WIDTH, BEAMS_P, CHILDREN_P, TILES_P, CANDIDATES_P, REDUCED, ROOT, CHAIN,
+            TAIL, TAIL_P, DEAD,
         )  # fmt: skip
 
 
@@ -205,11 +233,12 @@ def beam_level(
     arrived_B: Tensor,
     token_ids: Tensor | None = None,
     coupling: Coupling | None = None,
-    chain: Chain | None = None,
+    looked_up: LookedUp | None = None,
 ) -> Winners:
     """Fill ``pool`` at ``level`` and pick the beams that go on. ``before``: this level's beams, None at the root.
-    ``arrived_B`` int32: zeros, and zeros again afterwards. ``chain``: what was looked up, contiguous."""
+    ``arrived_B`` int32: zeros, and zeros again afterwards."""
     rows, beams, vocabulary = logits_BWV.shape
+    chain, tail = looked_up or (None, 0)
     logits_RV = logits_BWV.reshape(rows * beams, vocabulary)
     assert logits_RV.stride(1) == 1 and beams == level.beams and len(arrived_B) == rows
     block = block_for(vocabulary, level.children)
@@ -224,12 +253,13 @@ def beam_level(
         logits_RV, noise, inverse, keys if token_ids is None else token_ids, keys, log_sum_exp,
         vocabulary, logits_RV.stride(0), noise.stride(0), arrived_B,
         *((pool.parent, pool.score, out.follows) if before is None else (before.slot, before.score, before.follows)),
-        *((out.follows, out.score, 0) if chain is None else (*chain, chain.tokens.stride(0))), *pool, *out,
+        *((out.follows, out.score, 0) if chain is None else (*chain, chain.tokens.shape[1])), *pool, *out,
         pool.score.shape[1], level.offset, level.depth, tiles,
         PADDED=padded, BLOCK=block, COUPLED=coupling is not None,
         BEAMS=beams, CHILDREN=level.children, WIDTH=level.width, BEAMS_P=beams_p, CHILDREN_P=padded,
         TILES_P=triton.next_power_of_2(tiles), CANDIDATES_P=candidates_p,
         REDUCED=token_ids is not None, ROOT=before is None, CHAIN=chain is not None,
+        TAIL=tail, TAIL_P=triton.next_power_of_2(max(tail, 1)), DEAD=DEAD,
         num_warps=max(block // 512, 8 if beams_p * candidates_p > 2048 else 1), **early(keys),
         enable_fp_fusion=False,  # x * inverse + gumbel rounds twice, as in the algorithm
     )  # fmt: skip

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from redrafter.algorithm.beam import DraftBeams
-from redrafter.algorithm.tree import DEAD, TokenTree
+from redrafter.algorithm.beam import DEAD, DraftBeams
+from redrafter.algorithm.tree import TokenTree
 from redrafter.backends.torch.kernels.early import early, start_early
 from redrafter.backends.torch.kernels.topk import NO_KEY, key_index, order_key
 
@@ -28,7 +28,7 @@ class PackedTree(NamedTuple):
 @triton.jit
 def _pack(
     pool_token, pool_parent, pool_depth, pool_score, root, rank_of, tokens, parent, depth, mask, live, ancestors,
-    DRAFT_LENGTH: tl.constexpr, POOL: tl.constexpr, NODES: tl.constexpr, POOL_P: tl.constexpr, NODES_P: tl.constexpr,
+    DEEPEST: tl.constexpr, POOL: tl.constexpr, NODES: tl.constexpr, POOL_P: tl.constexpr, NODES_P: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
     start_early(EARLY)
@@ -62,7 +62,7 @@ def _pack(
     low = tl.where(node < 64, one << (node & 63), 0)
     high = tl.where(node < 64, 0, one << (node & 63))
     above = node
-    for _ in range(DRAFT_LENGTH):
+    for _ in range(DEEPEST):
         above = tl.load(parent + row * NODES + above, mask=is_node, other=0)
         low |= tl.where(above < 64, one << (above & 63), 0)
         high |= tl.where(above < 64, 0, one << (above & 63))
@@ -102,7 +102,7 @@ def pack(beams: DraftBeams, root_B: Tensor, tree_size: int) -> PackedTree:
         mask.view(torch.int8),
         live.view(torch.int8),
         ancestors,
-        DRAFT_LENGTH=beams.draft_length,
+        DEEPEST=beams.draft_length + beams.tail,
         POOL=pool,
         NODES=nodes,
         POOL_P=padded,

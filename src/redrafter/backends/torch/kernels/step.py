@@ -15,7 +15,7 @@ from redrafter.algorithm.beam import DraftBeams, Drafter, Reading
 from redrafter.algorithm.sampling import Sampling
 from redrafter.algorithm.tree import TokenTree
 from redrafter.backends.torch.kernels.accept import Sampled, accept, choose_tiles
-from redrafter.backends.torch.kernels.beam import beam_level, levels, new_pool
+from redrafter.backends.torch.kernels.beam import LookedUp, beam_level, levels, new_pool
 from redrafter.backends.torch.kernels.noise import gumbel
 from redrafter.backends.torch.kernels.pack import MAX_NODES, MAX_POOL, PackedTree, pack
 from redrafter.backends.torch.kernels.state import advance as advance
@@ -31,7 +31,7 @@ def covers_shape(shape: DecodeConfig, draft_vocabulary: int) -> bool:
     """Whether ``fast_draft`` and ``fast_pack`` take this shape; if not, use ``algorithm.beam.draft`` and ``pack``."""
     geometry = list(levels(shape, draft_vocabulary))
     ranked = max(_padded(level.beams) * _padded(level.children) for level in geometry)
-    slots = geometry[-1].offset + geometry[-1].beams * geometry[-1].children
+    slots = geometry[-1].offset + geometry[-1].beams * geometry[-1].children + shape.deepest - shape.draft_length
     return ranked <= MAX_CHILDREN and slots <= MAX_POOL and 2 <= shape.tree_size <= MAX_NODES
 
 
@@ -57,23 +57,25 @@ def fast_draft(
     drafter's own. ``drafter.logits`` may be float32, bfloat16 or float16. ``arrived``: int32 zeros for B rows or more,
     which every draft leaves at zero; without them they are made."""
     state = drafter.begin(reading)
-    chain = drafter.recall(reading, shape.draft_length) if shape.prompt_lookup else None
+    chain = drafter.recall(reading, shape.deepest) if shape.prompt_lookup else None
     logits_BWV = drafter.logits(state)
     geometry = list(levels(shape, logits_BWV.shape[-1]))
     last = geometry[-1]
     rows, device = root_B.shape[0], root_B.device
-    pool = new_pool(rows, last.offset + last.beams * last.children, device)
+    tail = 0 if chain is None else chain.tokens.shape[1] - shape.draft_length
+    pool = new_pool(rows, last.offset + last.beams * last.children + tail, device)
     if arrived is None or len(arrived) < rows:
         arrived = torch.zeros(rows, dtype=torch.int32, device=device)
     winners = None
     for level in geometry:
         coupling = None if noise is None else Coupling(noise[0][:, level.depth - 1], noise[1])
-        winners = beam_level(logits_BWV, level, pool, winners, arrived[:rows], drafter.token_ids, coupling, chain)
+        looked_up = None if chain is None else LookedUp(chain, tail if level is last else 0)
+        winners = beam_level(logits_BWV, level, pool, winners, arrived[:rows], drafter.token_ids, coupling, looked_up)
         if level is not last:
             state = drafter.extend(state, winners.beam, winners.token)
             logits_BWV = drafter.logits(state)
     assert winners is not None
-    return DraftBeams(*pool, winners.slot, shape.draft_length)
+    return DraftBeams(*pool, winners.slot, shape.draft_length, tail)
 
 
 def fast_pack(beams: DraftBeams, root_B: Tensor, tree_size: int) -> PackedTree:
