@@ -108,7 +108,7 @@ class DecodeConfig:
     beam_width: beams kept per depth; branching: children scored per beam; draft_length: drafted tokens per beam (the
     root is not counted); tree_size: nodes verified per step (the root is counted, so 1 is plain decoding).
     prompt_lookup: what followed when the text last ended as it does now is drafted, too, up to this depth, also below
-    the beams; 0 leaves it to the drafter alone.
+    the beams; 0 leaves drafting to the drafter alone.
     """
 
     beam_width: int = 8
@@ -116,7 +116,7 @@ class DecodeConfig:
     draft_length: int = 8
     tree_size: int = 64
     seed_coupled: bool = True
-    prompt_lookup: int = 15
+    prompt_lookup: int = 23
 
     def __post_init__(self) -> None:
         for name, most in (
@@ -135,7 +135,7 @@ class DecodeConfig:
     @property
     def deepest(self) -> int:
         """The most drafted tokens that a step may accept."""
-        return max(self.draft_length, self.prompt_lookup)
+        return max(self.draft_length, min(self.prompt_lookup, self.tree_size - 1))
 
     @property
     def speculative(self) -> bool:

@@ -36,7 +36,7 @@ class Shape:
 
     @property
     def deepest(self) -> int:
-        return max(self.draft_length, self.prompt_lookup)
+        return max(self.draft_length, min(self.prompt_lookup, self.tree_size - 1))
 
 
 class Tables:

@@ -18,8 +18,11 @@ LEAST, MOST = 2, 16
 """Tokens at the text's end that must have been there before, and that are compared at most."""
 UNKNOWN = -1
 """In the place of a token that the drafter has not read."""
-DOUBT = 2.0
-"""After n equal tokens the next one is taken to be equal with probability n / (n + DOUBT)."""
+DOUBT = 4.0
+"""After n equal tokens the next one is taken to be equal with probability n / (n + DOUBT). Greedy answers of
+SmolLM2-135M keep to it more often than that, sampled ones less. On 260 answers each, tokens per step at 16 and 64 nodes without
+lookup, with 2 and with 4: greedy 4.04 and 4.80, 5.23 and 6.47, 5.35 and 6.48; at temperature 1 2.71 and 3.28, 2.69 and
+3.31, 2.73 and 3.32."""
 
 
 class Chain(NamedTuple):
