@@ -116,7 +116,7 @@ class DecodeConfig:
     draft_length: int = 8
     tree_size: int = 64
     seed_coupled: bool = True
-    prompt_lookup: int = 23
+    prompt_lookup: int = 15
 
     def __post_init__(self) -> None:
         for name, most in (

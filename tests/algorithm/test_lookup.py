@@ -48,11 +48,18 @@ def test_the_latest_of_the_longest_earlier_occurrences(texts: list[list[int]], l
 
 def test_a_token_that_was_not_read_equals_none_that_was() -> None:
     text = torch.tensor([[UNKNOWN, 5, 9, 3, 5, 9]])
-    assert find_chain(OPS, text, torch.tensor([5]), 2).weight[0].tolist() == pytest.approx(
-        [2 / (2 + DOUBT), 3 / (3 + DOUBT)]
-    )
+    expected = pytest.approx([2 / (2 + DOUBT), 3 / (3 + DOUBT)])
+    assert find_chain(OPS, text, torch.tensor([5]), 2).weight[0].tolist() == expected
     text[0, 1] = UNKNOWN
     assert find_chain(OPS, text, torch.tensor([5]), 2).weight[0].tolist() == [0, 0]
+
+
+def test_what_leads_to_where_nothing_was_read_is_a_token_that_nobody_follows() -> None:
+    """As in a row that nobody runs in: its last text, then nothing, then what it makes up."""
+    text = torch.tensor([[UNKNOWN, 8, 5, 9, 7, UNKNOWN, UNKNOWN, 5, 9]])
+    chain = find_chain(OPS, text, torch.tensor([8]), 4)
+    assert chain.tokens.tolist() == [[7, 0, 0, 5]]
+    assert chain.weight[0].tolist() == pytest.approx([2 / (2 + DOUBT), 0, 0, 0])
 
 
 def mix(guess: int, share: float, follows: list[bool]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -41,6 +41,16 @@ def test_chains_are_the_algorithms(alphabet: int, length: int, device: torch.dev
     assert (eager.weight > 0).any() or alphabet == 3000
 
 
+def test_unknown_tokens_are_never_drafted(device: torch.device) -> None:
+    text = torch.tensor([[UNKNOWN, 8, 5, 9, 7, UNKNOWN, UNKNOWN, 5, 1]])
+    one = torch.ones(1, dtype=torch.int64)
+    reading = Reading(torch.zeros(1, 1, 1), one[None] * 9, one * 7, one)
+    eager = find_chain(OPS, torch.cat([text[:, :8], one[None] * 9], 1), one * 8, 4)
+    got = lookup.find_chain(Reading(*(x.to(device) for x in reading)), text.to(device), 4)
+    assert got.tokens.tolist() == eager.tokens.tolist() == [[7, 0, 0, 5]]
+    torch.testing.assert_close(got.weight.cpu(), eager.weight)
+
+
 def test_an_idle_row_writes_behind_all_texts(device: torch.device) -> None:
     text = torch.full((2, 40), UNKNOWN, device=device)
     one = torch.ones(2, dtype=torch.int64, device=device)

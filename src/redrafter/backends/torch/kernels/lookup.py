@@ -55,8 +55,9 @@ def _find_chain(
     ahead = tl.arange(0, LENGTH_P)
     period = tl.where(equal > 0, end - position, 1)
     token = tl.load(mine + position + 1 + ahead % period, mask=ahead < LENGTH, other=0)
-    sure = tl.where(equal > 0, equal + ahead, 0).to(tl.float32)
-    tl.store(chain + row * LENGTH + ahead, token, mask=ahead < LENGTH)
+    unknown = tl.cumsum((token < 0).to(tl.int32), axis=0)
+    sure = tl.where((equal > 0) & (unknown == 0), equal + ahead, 0).to(tl.float32)
+    tl.store(chain + row * LENGTH + ahead, tl.maximum(token, 0), mask=ahead < LENGTH)
     tl.store(weight + row * LENGTH + ahead, sure / (sure + doubt), mask=ahead < LENGTH)
 
 
