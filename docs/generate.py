@@ -28,7 +28,7 @@ from redrafter.params import DecodeConfig
 HERE = Path(__file__).resolve().parent
 OPS = TorchOps()
 WORDS = ["The", "cat", "dog", "old", "sat", "ran", "on", "away", "down", "home", "."]
-SHAPE = DecodeConfig(beam_width=2, branching=2, draft_length=3, tree_size=8, seed_coupled=False)
+SHAPE = DecodeConfig(beam_width=2, branching=2, draft_length=3, tree_size=8, seed_coupled=False, prompt_lookup=0)
 ROOT = WORDS.index("The")
 
 DRAFTER = {

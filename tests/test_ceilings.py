@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(p for folder in ("src", "tests", "benchmarks", "docs") for p in (ROOT / folder).rglob("*.py"))
-FILE, FUNCTION, ALGORITHM = 400, 60, 640
+FILE, FUNCTION, ALGORITHM = 400, 60, 750
 LONGER = {"_tree_attention": 70}
 """Functions that may be longer. A Triton kernel that is cut in two pays for it or is no easier to read."""
 

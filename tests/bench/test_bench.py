@@ -344,7 +344,7 @@ def test_the_page_draws_the_result_and_fetches_nothing(arguments, more) -> None:
     page = Page()
     page.feed(text)
     assert page.tags.count("svg") == (2 if more else 3) and page.links == [] and "script" not in page.tags
-    depths, categories, prompts = 3, 3, 0 if more else 4
+    depths, categories, prompts = 5, 3, 0 if more else 4  # so deep may a tree of six nodes be
     assert page.tags.count("rect") == depths + categories + prompts
     assert "&lt;GPU &amp; co&gt;" in text and "<GPU" not in text
 

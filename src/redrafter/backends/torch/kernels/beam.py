@@ -86,35 +86,11 @@ def _no_winners(rows: int, width: int, device: torch.device) -> Winners:
 
 
 @triton.jit
-def _mixed(token, weight, guess, share, uses, exists, last):
-    """``algorithm.lookup.mixed`` of one row: children's tokens [BEAMS_P, CHILDREN_P] and weights with what was looked
-    up in them, and which are that."""
-    hit = (token == guess) & exists & uses
-    of_chain = tl.log(share)
-    own = weight + tl.log(1.0 - share)
-    missing = uses & (tl.max(hit.to(tl.int32), axis=1)[:, None] == 0) & last & (of_chain > own)
-    hit = hit | missing
-    own = tl.where(missing, float("-inf"), own)
-    chains = tl.where(hit, of_chain, float("-inf"))
-    largest = safe_maximum(tl.maximum(own, chains))
-    both = tl.log(tl.exp(own - largest) + tl.exp(chains - largest)) + largest
-    return tl.where(missing, guess, token), tl.where(uses, both, weight), hit
-
-
-@triton.jit
-def _merge(
-    row, keys, log_sum_exp, token_ids, parent_slot, parent_score, parent_follows, chain_token, chain_share, chain_row,
-    pool_token, pool_parent, pool_depth, pool_score,
-    out_beam, out_token, out_slot, out_score, out_follows, pool, offset, depth, tiles,
-    BEAMS: tl.constexpr, CHILDREN: tl.constexpr, WIDTH: tl.constexpr, BEAMS_P: tl.constexpr, CHILDREN_P: tl.constexpr,
-    TILES_P: tl.constexpr, CANDIDATES_P: tl.constexpr, REDUCED: tl.constexpr, ROOT: tl.constexpr, CHAIN: tl.constexpr,
-    TAIL: tl.constexpr, TAIL_P: tl.constexpr, DEAD: tl.constexpr,
+def _best(
+    keys, log_sum_exp, source, is_beam, tiles, CHILDREN: tl.constexpr, BEAMS_P: tl.constexpr, CHILDREN_P: tl.constexpr,
+    TILES_P: tl.constexpr, CANDIDATES_P: tl.constexpr,
 ):  # fmt: skip
-    """Of one row: from the tiles' best keys and sums to the pool and the winners."""
-    beam = tl.arange(0, BEAMS_P)[:, None]
-    source = row * BEAMS + beam  # [BEAMS_P, 1]
-    is_beam = beam < BEAMS
-
+    """Every beam's best keys of all tiles [BEAMS_P, CHILDREN_P], and its log-sum-exp [BEAMS_P, 1]."""
     tile = tl.arange(0, TILES_P)[None, :]
     # Past the first cache, which does not see what other multiprocessors have just written.
     read = is_beam & (tile < tiles)
@@ -133,7 +109,66 @@ def _merge(
         top = tl.max(key, axis=1)[:, None]
         best = tl.where(child == i, top, best)
         key = tl.where(key == top, NO_KEY, key)
+    return best, log_total
 
+
+@triton.jit
+def _mixed(token, weight, guess, share, uses, exists, last):
+    """``algorithm.lookup.mixed`` of one row: children's tokens [BEAMS_P, CHILDREN_P] and weights with what was looked
+    up in them, and which are that."""
+    hit = (token == guess) & exists & uses
+    of_chain = tl.log(share)
+    own = weight + tl.log(1.0 - share)
+    missing = uses & (tl.max(hit.to(tl.int32), axis=1)[:, None] == 0) & last & (of_chain > own)
+    hit = hit | missing
+    own = tl.where(missing, float("-inf"), own)
+    chains = tl.where(hit, of_chain, float("-inf"))
+    largest = safe_maximum(tl.maximum(own, chains))
+    both = tl.log(tl.exp(own - largest) + tl.exp(chains - largest)) + largest
+    return tl.where(missing, guess, token), tl.where(uses, both, weight), hit
+
+
+@triton.jit
+def _tail(
+    row, chain_token, chain_share, chain_row, pool_token, pool_parent, pool_depth, pool_score, pool, offset, depth,
+    hit, score, place, CHILDREN: tl.constexpr, TAIL: tl.constexpr, TAIL_P: tl.constexpr, DEAD: tl.constexpr,
+):  # fmt: skip
+    """``algorithm.beam._tail``: below the one of all CHILDREN that follows the chain, the rest of it."""
+    found = tl.max(tl.max(hit.to(tl.int32), axis=1), axis=0)
+    start = tl.sum(tl.sum(tl.where(hit, score, 0.0), axis=1), axis=0)
+    above = tl.sum(tl.sum(tl.where(hit, offset + place, 0), axis=1), axis=0)
+    above = tl.where(found > 0, above, offset)
+    behind = tl.arange(0, TAIL_P)
+    rest = behind < TAIL
+    source = row * chain_row + depth + behind
+    logs = tl.log(tl.load(chain_share + source, mask=rest, other=1.0))
+    total = tl.where(found + 0 * behind > 0, start + tl.cumsum(logs, axis=0), DEAD)
+    parent = tl.where(behind == 0, above, offset + CHILDREN - 1 + behind)
+    slot = row * pool + offset + CHILDREN + behind
+    tl.store(pool_token + slot, tl.load(chain_token + source, mask=rest, other=0), mask=rest)
+    tl.store(pool_parent + slot, parent.to(tl.int64), mask=rest)
+    tl.store(pool_depth + slot, (depth + 1 + behind).to(tl.int64), mask=rest)
+    tl.store(pool_score + slot, total, mask=rest)
+
+
+@triton.jit
+def _merge(
+    row, keys, log_sum_exp, token_ids, parent_slot, parent_score, parent_follows, chain_token, chain_share, chain_row,
+    pool_token, pool_parent, pool_depth, pool_score,
+    out_beam, out_token, out_slot, out_score, out_follows, pool, offset, depth, tiles,
+    BEAMS: tl.constexpr, CHILDREN: tl.constexpr, WIDTH: tl.constexpr, BEAMS_P: tl.constexpr, CHILDREN_P: tl.constexpr,
+    TILES_P: tl.constexpr, CANDIDATES_P: tl.constexpr, REDUCED: tl.constexpr, ROOT: tl.constexpr, CHAIN: tl.constexpr,
+    TAIL: tl.constexpr, TAIL_P: tl.constexpr, DEAD: tl.constexpr,
+):  # fmt: skip
+    """Of one row: from the tiles' best keys and sums to the pool and the winners."""
+    beam = tl.arange(0, BEAMS_P)[:, None]
+    source = row * BEAMS + beam  # [BEAMS_P, 1]
+    is_beam = beam < BEAMS
+
+    best, log_total = _best(
+        keys, log_sum_exp, source, is_beam, tiles, CHILDREN, BEAMS_P, CHILDREN_P, TILES_P, CANDIDATES_P
+    )  # fmt: skip
+    child = tl.arange(0, CHILDREN_P)[None, :]
     exists = is_beam & (child < CHILDREN)
     above = tl.zeros([BEAMS_P, 1], tl.float32)
     slot_above = tl.full([BEAMS_P, CHILDREN_P], -1, tl.int64)
@@ -162,24 +197,11 @@ def _merge(
     tl.store(pool_parent + at, slot_above, mask=exists)
     tl.store(pool_depth + at, tl.zeros([BEAMS_P, CHILDREN_P], tl.int64) + depth, mask=exists)
     tl.store(pool_score + at, score, mask=exists)
-    if TAIL > 0:  # below the one child that follows the chain: the rest of it
-        behind = tl.arange(0, TAIL_P)
-        to = row * chain_row + depth + behind
-        logs = tl.log(tl.load(chain_share + to, mask=behind < TAIL, other=1.0))
-        start = tl.sum(tl.sum(tl.where(hit, score, 0.0), axis=1), axis=0)
-        above = tl.sum(tl.sum(tl.where(hit, offset + place, 0), axis=1), axis=0)
-        found = tl.max(tl.max(hit.to(tl.int32), axis=1), axis=0)
-        above = tl.where(found > 0, above, offset)
-        slot = row * pool + offset + BEAMS * CHILDREN + behind
-        rest = behind < TAIL
-        tl.store(pool_token + slot, tl.load(chain_token + to, mask=rest, other=0), mask=rest)
-        tl.store(
-            pool_parent + slot,
-            tl.where(behind == 0, above, offset + BEAMS * CHILDREN - 1 + behind).to(tl.int64),
-            mask=rest,
-        )
-        tl.store(pool_depth + slot, (depth + 1 + behind).to(tl.int64), mask=rest)
-        tl.store(pool_score + slot, tl.where(found + 0 * behind > 0, start + tl.cumsum(logs, axis=0), DEAD), mask=rest)
+    if TAIL > 0:
+        _tail(
+            row, chain_token, chain_share, chain_row, pool_token, pool_parent, pool_depth, pool_score,
+            pool, offset, depth, hit, score, place, BEAMS * CHILDREN, TAIL, TAIL_P, DEAD,
+        )  # fmt: skip
 
     # A child's rank is the number of better ones; keys are distinct, so the ranks below WIDTH are the winners in order.
     rival = tl.reshape(tl.where(exists, order_key(score, place), NO_KEY), [BEAMS_P * CHILDREN_P])
