@@ -51,6 +51,14 @@ def test_unknown_tokens_are_never_drafted(device: torch.device) -> None:
     torch.testing.assert_close(got.weight.cpu(), eager.weight)
 
 
+def test_a_row_that_was_just_left_drafts_nothing(device: torch.device) -> None:
+    """Its reading is still its last answer's end, which stands at the text's end, too, with nothing behind it."""
+    text = torch.tensor([[UNKNOWN, 8, 5, 9, 7, *[UNKNOWN] * 15]], device=device)
+    tokens, one = torch.tensor([[9, 7, 7]], device=device), torch.ones(1, dtype=torch.int64, device=device)
+    chain = lookup.find_chain(Reading(torch.zeros(1, 3, 1, device=device), tokens, one * IDLE, one * 2), text, 3)
+    assert chain.weight.tolist() == [[0, 0, 0]] and int(chain.tokens.min()) >= 0
+
+
 def test_an_idle_row_writes_behind_all_texts(device: torch.device) -> None:
     text = torch.full((2, 40), UNKNOWN, device=device)
     one = torch.ones(2, dtype=torch.int64, device=device)
