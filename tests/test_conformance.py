@@ -50,7 +50,9 @@ def run_case(reference, drafter_index: int, case_index: int, folder: Path):
     case = SimpleNamespace(**{k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     vocab = listed[drafter_index]["vocab"]
     # Every child of every beam is scored, as the reference does.
-    shape = SimpleNamespace(beam_width=settings["width"], branching=vocab, draft_length=settings["draft_length"])
+    shape = SimpleNamespace(
+        beam_width=settings["width"], branching=vocab, draft_length=settings["draft_length"], prompt_lookup=0
+    )
     ones = torch.ones_like(case.root)
     reading = Reading(case.context[:, None], case.root[:, None], first=7 * ones, count=ones)
     with torch.no_grad():

@@ -202,7 +202,7 @@ def test_the_reference_s_beams_and_packed_tokens(index: int, case_index: int, tm
     settings = listed["cases"][case_index]
     ops, root = MLXOps(), mx.array(case.root)
     shape = SimpleNamespace(
-        beam_width=settings["width"], branching=listed["vocab"], draft_length=settings["draft_length"]
+        beam_width=settings["width"], branching=listed["vocab"], draft_length=settings["draft_length"], prompt_lookup=0
     )
     ones = mx.ones_like(root)
     reading = Reading(mx.array(case.context)[:, None], root[:, None], 7 * ones, ones)
