@@ -21,7 +21,7 @@ from redrafter.train.settings import drafter_bytes
 from tests.tiny import VOCAB, WIDTH, drafter_config, make_model
 
 ROWS, TEXT, DRAFT = 8, 12, 40
-SHAPE = DecodeConfig(beam_width=4, branching=4, draft_length=4, tree_size=24)
+SHAPE = DecodeConfig(beam_width=4, branching=4, draft_length=4, tree_size=24, prompt_lookup=0)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from redrafter.engine import RequestStatistics
 from redrafter.params import DecodeConfig
 from redrafter.server.payloads import histogram, speculative_decoding
 from tests.server.client import chat, events
-from tests.server.serving import Running, running, tiny_llm
+from tests.server.serving import SHAPE, Running, running, tiny_llm
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +53,10 @@ def test_the_identities_hold_in_both_forms(run: Running, seed: int) -> None:
     for metrics in (whole, last["metrics"]):
         spec = metrics["speculative_decoding"]
         check(spec)
-        assert spec["num_spec_tokens"] == 3 and spec["num_spec_steps"] > 0
+        assert spec["num_spec_tokens"] == SHAPE.deepest and spec["num_spec_steps"] > 0
         assert sum(spec["per_step_accepted"]) == spec["num_accepted_draft_tokens"]
         assert len(spec["per_step_accepted"]) == spec["num_spec_steps"]
-        assert spec["per_step_drafted"] == [3] * spec["num_spec_steps"]
+        assert spec["per_step_drafted"] == [SHAPE.deepest] * spec["num_spec_steps"]
         assert (
             metrics["time_to_first_token_ms"] > 0 and metrics["generation_time_ms"] > metrics["time_to_first_token_ms"]
         )
@@ -67,7 +67,7 @@ def test_the_identities_hold_in_both_forms(run: Running, seed: int) -> None:
 def test_steps_of_different_drafts_keep_the_identities() -> None:
     stats = RequestStatistics()
     for length, accepted in ((2, 2), (5, 0), (5, 4), (1, 1)):
-        stats.count_step(DecodeConfig(draft_length=length), accepted, 8, 16)
+        stats.count_step(DecodeConfig(draft_length=length, prompt_lookup=0), accepted, 8, 16)
     assert histogram(stats) == [1, 1, 1, 0, 1, 0]
     spec = speculative_decoding(stats)
     check(spec)
@@ -93,9 +93,10 @@ def test_counters_add_up_what_the_answers_told() -> None:
             grown = {k.removeprefix(prefix): after[k] - before.get(k, 0) for k in after if k.startswith(prefix)}
             assert grown["spec_decode_num_drafts_total"] >= sum(s["num_spec_steps"] for s in specs)
             accepted = grown["spec_decode_num_accepted_tokens_total"]
-            positions = [grown[f"spec_decode_num_accepted_tokens_per_pos_total{{position={p}}}"] for p in range(3)]
+            name = "spec_decode_num_accepted_tokens_per_pos_total{{position={}}}"
+            positions = [grown[name.format(p)] for p in range(SHAPE.deepest)]
             assert sum(positions) == accepted and positions == sorted(positions, reverse=True)
-            assert grown["spec_decode_num_draft_tokens_total"] == 3 * grown["spec_decode_num_drafts_total"]
+            assert grown["spec_decode_num_draft_tokens_total"] == SHAPE.deepest * grown["spec_decode_num_drafts_total"]
             assert grown["generation_tokens_total"] == 3 * 20 + 20 + 2 * 8
             assert grown["prompt_tokens_total"] == 5 * told[0]["usage"]["prompt_tokens"]
             assert grown["request_success_total{finished_reason=length}"] == 6
