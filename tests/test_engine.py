@@ -74,7 +74,7 @@ def test_an_ideal_drafter_is_believed(backend: TorchBackend) -> None:
     random = backend.drafter
     try:
         set_drafter(backend, ScriptedDrafter(PROMPT + plain))
-        shape = DecodeConfig(beam_width=2, branching=2, draft_length=4, tree_size=8)
+        shape = DecodeConfig(beam_width=2, branching=2, draft_length=4, tree_size=8, prompt_lookup=0)
         ids, statistics = run(Engine(backend, shape), PROMPT, params("greedy"))
         assert ids == plain
         assert statistics.tokens_per_step == 5.0 and statistics.steps == 8
@@ -236,3 +236,16 @@ def test_bfloat16_on_this_cpu_is_exact_too() -> None:
         plain, _ = run(Engine(backend, PLAIN), PROMPT, params(name, max_new_tokens=80))
         ids, _ = run(Engine(backend, DecodeConfig(tree_size=20)), PROMPT, params(name, max_new_tokens=80))
         assert ids == plain, name
+
+
+def test_a_text_that_repeats_itself_needs_fewer_steps_with_prompt_lookup(backend: TorchBackend) -> None:
+    """Of a model whose answers loop, with a drafter that knows nothing; and no token is another."""
+    prompt, asked = PROMPT * 3, params("greedy", max_new_tokens=48, logit_bias=dict.fromkeys(PROMPT[:2], 30.0))
+    plain, _ = run(Engine(backend, PLAIN), prompt, asked)
+    steps = []
+    for lookup in (0, 15):
+        shape = DecodeConfig(beam_width=2, branching=2, draft_length=2, tree_size=16, prompt_lookup=lookup)
+        ids, statistics = run(Engine(backend, shape), prompt, asked)
+        assert ids == plain
+        steps.append(statistics.steps)
+    assert steps[1] < steps[0]
