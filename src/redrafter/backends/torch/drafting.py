@@ -72,17 +72,19 @@ class TorchDrafter:
 
     def copy_prefix(self, source: int, to: int, tokens: int) -> None:
         """The first ``tokens`` pairs of row ``to`` become those of row ``source``."""
-        for cache in (*self._keys, *self._values):
-            cache[to, :, :tokens] = cache[source, :, :tokens]
-        self._text[to, : tokens + 1] = self._text[source, : tokens + 1]
+        for kept in self._first_of(tokens):
+            kept[to] = kept[source]
 
     def swap_rows(self, a: int, b: int, tokens: int) -> None:
         """Exchange the first ``tokens`` pairs of two rows."""
-        for cache in (*self._keys, *self._values):
-            kept = cache[a, :, :tokens].clone()
-            cache[a, :, :tokens] = cache[b, :, :tokens]
-            cache[b, :, :tokens] = kept
-        self._text[[a, b], : tokens + 1] = self._text[[b, a], : tokens + 1]
+        for kept in self._first_of(tokens):
+            of_a = kept[a].clone()
+            kept[a] = kept[b]
+            kept[b] = of_a
+
+    def _first_of(self, tokens: int) -> list[Tensor]:
+        """Of all rows, what the first ``tokens`` pairs left behind: keys, values, and tokens up to the last one's."""
+        return [*(cache[:, :, :tokens] for cache in (*self._keys, *self._values)), self._text[:, : tokens + 1]]
 
     def read(self, reading: Reading, row: int = 0) -> Tensor:
         """The context [B, T, D] of every pair, whose keys and values are kept in rows ``row`` onward."""
