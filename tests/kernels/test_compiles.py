@@ -30,6 +30,16 @@ TYPES = {
 MODULES = {beam: "_beam_level", pack: "_pack", accept: "_accept", noise: "_noise", state: "_place"}
 
 
+def type_of(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(type_of, value))
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype][1:]}{value.block_shape}>"
+    if isinstance(value, torch.Tensor):
+        return TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
 class Compiled:
     """Stands in for a kernel: a launch compiles it for sm_90 with its types and constants, and runs nothing."""
 
@@ -48,12 +58,8 @@ class Compiled:
             name, value = parameter.name, given.pop(parameter.name)
             if parameter.is_constexpr:
                 signature[name], constants[(place,)] = "constexpr", value
-            elif isinstance(value, TensorDescriptor):
-                signature[name] = f"tensordesc<{TYPES[value.base.dtype][1:]}{value.block_shape}>"
-            elif isinstance(value, torch.Tensor):
-                signature[name] = TYPES[value.dtype]
             else:
-                signature[name] = "fp32" if isinstance(value, float) else "i32"
+                signature[name] = type_of(value)
         assert not given, f"{self.kernel.__name__} has no arguments {list(given)}"
         source = ASTSource(self.kernel, signature, constants)
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be compiled")
-from redrafter.backends.torch.kernels import attention, commit, early, matmul, norms, stream
+from redrafter.backends.torch.kernels import attention, commit, early, matmul, norms, rotate, stream
 from tests.kernels.test_compiles import Compiled
 
 KERNELS = [
@@ -31,6 +31,14 @@ def done(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> list[str]:
     for module, name in KERNELS:
         monkeypatch.setattr(module, name, Compiled(getattr(module, name), names))
     return names
+
+
+def rotation(tokens: int, kv_heads: int, width: int) -> rotate.Rotation:
+    cache = commit.KernelCache(1, kv_heads, width, torch.bfloat16, torch.device("cpu"))
+    cache.reserve(1, 100)
+    cache.place(0, torch.zeros(1, tokens, dtype=torch.int64), 100)
+    angle = torch.zeros(1, tokens, width, dtype=torch.bfloat16)
+    return rotate.Rotation(angle, angle, cache.layer(0))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +65,7 @@ def test_cache_and_norms_compile(done: list[str]) -> None:
     cache.update(new, new, 1)
     cache.keep_path(torch.zeros(2, dtype=torch.int64), torch.zeros(2, 9, dtype=torch.int64))
     qkv, rope = torch.zeros(2, 3, 8 * 64, dtype=torch.bfloat16), torch.zeros(2, 3, 64, dtype=torch.bfloat16)
-    norms.rope_write(qkv, (rope, rope), cache.layer(0), norms.HeadNorms(rope[0, 0], rope[0, 0], 1e-5))
+    norms.rope_write(qkv, rotate.Rotation(rope, rope, cache.layer(0)), norms.HeadNorms(rope[0, 0], rope[0, 0], 1e-5))
     norms.add_rms_norm(qkv[0], qkv[1], qkv[0, 0], 1e-5)
     norms.silu_mul(qkv[0])
     assert done == ["_write", "_keep_path", "_rope_write", "_add_rms_norm", "_silu_mul"]
@@ -72,7 +80,8 @@ def test_streams_and_early_starts_compile(done: list[str], monkeypatch: pytest.M
     n = stream.scaled(many, (x[0], 1e-5))
     stream.stream(n, weight, gated=True, workspace=rooms)
     stream.stream(many, weight[:2048], weight[0], residual_MN=many, norm=(x[0], 1e-5), workspace=rooms)
-    assert done == ["_gemv", "_scaled", "_stream", "_stream"]
+    stream.stream(n, weight, rotation=rotation(64, 8, 128), workspace=rooms)
+    assert done == ["_gemv", "_scaled", "_stream", "_stream", "_stream"]
 
 
 @pytest.mark.parametrize("rows", [1, 16, 32, 64])
@@ -90,4 +99,5 @@ def test_what_is_read_ahead_compiles(rows: int, done: list[str], monkeypatch: py
     assert stream.plan(rows, 1536, 576, True).ahead and stream.plan(rows, 576, 1536, False).ahead
     stream.stream(x, weight, gated=True, workspace=rooms)
     stream.stream(h, down, residual_MN=x, norm=(x[0], 1e-5), workspace=rooms)
-    assert done == ["_stream", "_stream"]
+    stream.stream(x, weight[:960], weight[0, :1].expand(960), rotation=rotation(rows, 3, 64), workspace=rooms)
+    assert done == ["_stream", "_stream", "_stream"]

@@ -14,6 +14,7 @@ from tests.kernels.twins import random
 pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be tested")
 from redrafter.backends.torch.kernels.commit import KernelCache
 from redrafter.backends.torch.kernels.norms import HeadNorms, add_rms_norm, rope_write, silu_mul
+from redrafter.backends.torch.kernels.rotate import Rotation, interleaved
 
 EXACTLY = {torch.float32: 2e-6, torch.float16: 1e-3}
 """One rounding: of float16 at magnitude 1 to 2, where fused multiply-adds or another order of a sum move a tie."""
@@ -50,12 +51,14 @@ def test_rope_write(
         q, k = rms(q, gains[0]), rms(k, gains[1])
     q, k = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
     eager.update(k, v.transpose(1, 2), 1)
+    rotated = (heads + kv_heads) * width
+    mixed = torch.cat([interleaved(qkv.permute(2, 0, 1)[:rotated], width).permute(1, 2, 0), qkv[..., rotated:]], 2)
     norms = HeadNorms(gains[0], gains[1], 1e-5) if normed else None
-    got = rope_write(qkv, (cos, sin), kernel.layer(1), norms)
+    got = rope_write(mixed, Rotation(cos, sin, kernel.layer(1)), norms)
     nearly_all_equal(got, q)
     nearly_all_equal(kernel.keys, eager.keys)
     assert torch.equal(kernel.values, eager.values)
-    one_row = rope_write(qkv, (cos[:1], sin[:1]), kernel.layer(0), norms)  # angles of one row serve all
+    one_row = rope_write(mixed, Rotation(cos[:1], sin[:1], kernel.layer(0)), norms)  # angles of one row serve all
     assert torch.equal(one_row[0], got[0]) and not torch.equal(one_row[1], got[1])
 
 

@@ -4,8 +4,8 @@
     2 head norms, rotation, cache write        5 norm, gate|up, silu(gate) * up
     3 attention                                6 down, residual
 
-One row goes through ``matmul.py``, up to 64 (of small layers 128) through ``stream.py``, more (and float32) through
-cuBLAS and ``norms.py``.
+One row goes through ``matmul.py``, up to 64 (of small layers 128) through ``stream.py``, where without head norms the
+first launch does the second's work, more (and float32) through cuBLAS and ``norms.py``.
 
 Where bfloat16 is rounded other than in transformers: a norm's weight multiplies before the division by rms(x)
 (``matmul.py``, ``stream.py``), attention's probabilities are rounded before they are normalised (as torch's own kernels
@@ -24,10 +24,11 @@ from torch.nn import functional as F
 from redrafter.backends.torch.attention import KERNEL, mask_parts, masked_attention
 from redrafter.backends.torch.fused import LAYERS, is_silu
 from redrafter.backends.torch.kernels.attention import tree_attention
-from redrafter.backends.torch.kernels.commit import KernelCache
+from redrafter.backends.torch.kernels.commit import KernelCache, LayerSlots
 from redrafter.backends.torch.kernels.matmul import Norm, Workspace, few_rows
 from redrafter.backends.torch.kernels.norms import HeadNorms, add_rms_norm, rope_write, silu_mul
-from redrafter.backends.torch.kernels.stream import MAX_ROWS, fits, most_rows, scaled, stream
+from redrafter.backends.torch.kernels.rotate import Rotation, interleaved
+from redrafter.backends.torch.kernels.stream import MAX_ROWS, fits, most_rows, plan, scaled, stream
 from redrafter.params import MAX_TREE
 
 WIDE_HEAD = 2048
@@ -134,7 +135,7 @@ class FusedCudaLayer(nn.Module):
         if hasattr(attention, "q_norm"):
             self.q_gain, self._head_eps = _norm(attention.q_norm)
             self.k_gain, _ = _norm(attention.k_norm)
-        self.qkv, self.qkv_bias = _join(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.qkv, self.qkv_bias = _join(attention.q_proj, attention.k_proj, attention.v_proj, width=self.width)
         self.out, self.out_bias = _join(attention.o_proj)
         self.gate_up, _ = _join(mlp.gate_proj, mlp.up_proj)
         self.down, self.down_bias = _join(mlp.down_proj)
@@ -161,13 +162,16 @@ class FusedCudaLayer(nn.Module):
         x = hidden_states.reshape(-1, size)
         forward = self._alone if len(x) == 1 else self._few if len(x) <= self.most_streamed else self._many
 
-        def attend(qkv: Tensor) -> Tensor:
-            y = self._attend(qkv.view(rows, nodes, -1), attention_mask, position_embeddings, store)
-            return y.view(len(x), -1)
+        rotation = Rotation(*position_embeddings, store.layer(self.layer_idx))
 
-        return forward(x, attend).view(rows, nodes, size)
+        def attend(qkv: Tensor, rotated: bool = False) -> Tensor:
+            qkv = qkv.view(rows, nodes, -1)
+            q = qkv.unflatten(2, (-1, self.width)).transpose(1, 2) if rotated else self._rotate(qkv, rotation)
+            return self._attend(q, attention_mask, rotation.stored).view(len(x), -1)
 
-    def _alone(self, x: Tensor, attend: Any) -> Tensor:
+        return forward(x, attend, rotation).view(rows, nodes, size)
+
+    def _alone(self, x: Tensor, attend: Any, rotation: Rotation) -> Tensor:
         """One row, bound by the weights' bytes: everything around a product happens in its launch."""
         workspace = self._workspace
         y = attend(few_rows(x, self.qkv, self.qkv_bias, norm=Norm(self.input_gain, self._input_eps)))
@@ -175,7 +179,7 @@ class FusedCudaLayer(nn.Module):
         h = few_rows(x, self.gate_up, norm=Norm(self.mlp_gain, self._mlp_eps), gated=True)
         return few_rows(h, self.down, self.down_bias, residual_MN=x, workspace=workspace)
 
-    def _few(self, x: Tensor, attend: Any) -> Tensor:
+    def _few(self, x: Tensor, attend: Any, rotation: Rotation) -> Tensor:
         """As one row, in the tensor cores: a product leaves what the norm of the next one needs."""
         workspace = self._workspace
         ready, workspace.ready = workspace.ready, None
@@ -183,7 +187,10 @@ class FusedCudaLayer(nn.Module):
             n = ready[1]
         else:
             n = scaled(x, self.input_norm)
-        y = attend(stream(n, self.qkv, self.qkv_bias, workspace=workspace)[0])
+        outputs, inputs = self.qkv.shape
+        rotated = self.q_gain is None and rotation.fits(outputs, plan(len(x), outputs, inputs, False).BN)
+        turned = rotation if rotated else None
+        y = attend(stream(n, self.qkv, self.qkv_bias, rotation=turned, workspace=workspace)[0], rotated)
         mlp_norm = (self.mlp_gain, self._mlp_eps)
         x, n = stream(y, self.out, self.out_bias, residual_MN=x, norm=mlp_norm, workspace=workspace)
         assert n is not None
@@ -192,7 +199,7 @@ class FusedCudaLayer(nn.Module):
         workspace.ready = None if behind is None else (x, behind)
         return x
 
-    def _many(self, x: Tensor, attend: Any) -> Tensor:
+    def _many(self, x: Tensor, attend: Any, rotation: Rotation) -> Tensor:
         """cuBLAS multiplies; norm and gate take launches of their own."""
         _, n = add_rms_norm(x, None, self.input_gain, self._input_eps)
         y = F.linear(attend(F.linear(n, self.qkv, self.qkv_bias)), self.out, self.out_bias)
@@ -202,17 +209,17 @@ class FusedCudaLayer(nn.Module):
             return x + F.linear(h, self.down, self.down_bias)
         return torch.addmm(x, h, self.down.T)
 
-    def _attend(self, qkv: Tensor, mask: Tensor, rope: tuple[Tensor, Tensor], store: KernelCache) -> Tensor:
-        """[B, N, (H + 2 Hkv) * d] -> [B, N, H * d]; ``mask`` as for ``attention.kernel_attention``."""
-        stored = store.layer(self.layer_idx)
+    def _rotate(self, qkv: Tensor, rotation: Rotation) -> Tensor:
         norms = None
         if self.q_gain is not None and self.k_gain is not None:
             norms = HeadNorms(self.q_gain, self.k_gain, self._head_eps)
-        q = rope_write(qkv, rope, stored, norms)
+        return rope_write(qkv, rotation, norms)
+
+    def _attend(self, q: Tensor, mask: Tensor, stored: LayerSlots) -> Tensor:
+        """[B, H, N, d] -> [B, N, H * d]; ``mask`` as for ``attention.kernel_attention``."""
         keys, values, _ = stored
         if mask.dtype == torch.bool:
-            y = masked_attention(q, keys, values, mask, self.scaling)
-            return y.transpose(1, 2).reshape(*qkv.shape[:2], -1)
+            return masked_attention(q, keys, values, mask, self.scaling).transpose(1, 2).flatten(2)
         lengths_B, words, at_B = mask_parts(mask)
         arrived = self._workspace.arrived
         return tree_attention(q, keys, values, lengths_B, words, self.scaling, arrived=arrived, at_B=at_B)
@@ -222,11 +229,16 @@ def _norm(norm: Any) -> tuple[nn.Parameter, float]:
     return norm.weight, float(norm.variance_epsilon)
 
 
-def _join(*linears: Any) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """Weight and bias of one product for several with the same input."""
+def _join(*linears: Any, width: int = 0) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """Weight and bias of one product for several with the same input. With a ``width`` they are q, k and v, and the
+    halves of the first two's heads are interleaved."""
     if len(linears) == 1:
         return linears[0].weight, linears[0].bias
-    weight = torch.cat([linear.weight for linear in linears])
+
+    def joined(parts: list[Tensor]) -> nn.Parameter:
+        if width:
+            parts = [*(interleaved(part, width) for part in parts[:-1]), parts[-1]]
+        return nn.Parameter(torch.cat(parts), requires_grad=False)
+
     biases = [linear.bias for linear in linears]
-    bias = None if biases[0] is None else nn.Parameter(torch.cat(biases), requires_grad=False)
-    return nn.Parameter(weight, requires_grad=False), bias
+    return joined([linear.weight for linear in linears]), None if biases[0] is None else joined(biases)

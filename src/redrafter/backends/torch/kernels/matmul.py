@@ -46,7 +46,7 @@ def _finish(
 
 
 @triton.jit
-def _gated(gate, up, dtype: tl.constexpr):
+def gated_by(gate, up, dtype: tl.constexpr):
     gate = gate.to(dtype).to(tl.float32)
     return (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32) * up.to(dtype).to(tl.float32)
 
@@ -95,7 +95,7 @@ def _gemv(
         scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
         y_n *= scale
     if GATED:
-        y_n = _gated(y_n, tl.sum(up, 1) * scale, dtype)
+        y_n = gated_by(y_n, tl.sum(up, 1) * scale, dtype)
     _finish(y_n, n, n * 0, n < N, bias, added, y, N, HAS_BIAS, SILU, RESIDUAL)
 
 
@@ -154,7 +154,7 @@ def _skinny(
             up *= scale
         column, line = n[:, None] + 0 * m[None, :], m[None, :] + 0 * n[:, None]
         if GATED:
-            acc = _gated(acc, up, dtype)
+            acc = gated_by(acc, up, dtype)
         added = 0.0
         if RESIDUAL:
             added = tl.load(residual + line.to(tl.int64) * residual_row + column, mask=live, other=0.0)

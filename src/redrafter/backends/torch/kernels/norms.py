@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from redrafter.backends.torch.kernels.commit import LayerSlots
 from redrafter.backends.torch.kernels.early import early, start_early
+from redrafter.backends.torch.kernels.rotate import Rotation
 from redrafter.backends.torch.kernels.tall import tall
 
 
@@ -27,8 +27,8 @@ def _rounded(x, dtype: tl.constexpr):
 
 @triton.jit
 def _rope_write(
-    qkv, cos, sin, q_gain, k_gain, slots, q, keys, values, tokens, eps,
-    cos_row, cos_token, slot_row, cache_row, cache_head, cache_slot,
+    qkv, q_gain, k_gain, q, eps,
+    cos, sin, slots, keys, values, tokens, cos_row, cos_token, slot_row, cache_row, cache_head, cache_slot,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_P: tl.constexpr,
     TOGETHER: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -42,15 +42,17 @@ def _rope_write(
     half: tl.constexpr = WIDTH // 2
     partner = tl.where(column < half, column + half, column - half)
     real = column < WIDTH
+    source = tl.where(column < half, 2 * column, 2 * (column - half) + 1)
+    across = tl.where(column < half, 2 * column + 1, 2 * (column - half))
     inside = (head < HEADS + 2 * KV_HEADS) & real
     is_q = head < HEADS
     is_k = (head >= HEADS) & (head < HEADS + KV_HEADS)
     is_v = head >= HEADS + KV_HEADS
     m = row * tokens + token
     start = qkv + m * ((HEADS + 2 * KV_HEADS) * WIDTH) + head * WIDTH
-    raw = tl.load(start + column, mask=inside, other=0.0)
+    raw = tl.load(start + tl.where(is_v, column, source), mask=inside, other=0.0)
     x = raw.to(tl.float32)
-    turned = tl.load(start + partner, mask=inside & (is_q | is_k), other=0.0).to(tl.float32)
+    turned = tl.load(start + across, mask=inside & (is_q | is_k), other=0.0).to(tl.float32)
     if NORM:
         scale = tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps)[:, None]
         gain = tl.where(is_q, tl.load(q_gain + column, mask=real, other=0.0),
@@ -79,25 +81,21 @@ class HeadNorms(NamedTuple):
     eps: float
 
 
-def rope_write(qkv: Tensor, rope: tuple[Tensor, Tensor], stored: LayerSlots, norms: HeadNorms | None = None) -> Tensor:
+def rope_write(qkv: Tensor, rotation: Rotation, norms: HeadNorms | None = None) -> Tensor:
     """The rotated queries [B, H, N, d], a view of [B, N, H, d]; rotated keys, and values, go to the cache.
 
-    ``qkv`` [B, N, (H + 2 Hkv) * d] contiguous, q first, then k, v; ``rope``: cos and sin [B or 1, N, d], both halves.
+    ``qkv`` [B, N, (H + 2 Hkv) * d] contiguous, q first, then k, v; the halves of q's and k's heads are interleaved
+    (``rotate.interleaved``).
     """
     rows, tokens, size = qkv.shape
-    keys, values, slot_BN = stored
-    kv_heads, width = keys.shape[1], keys.shape[3]
-    heads = size // width - 2 * kv_heads
-    cos, sin = rope
-    assert qkv.is_contiguous() and keys.stride() == values.stride() and cos.stride() == sin.stride()
-    assert cos.shape[-1] == width and cos.stride(2) == keys.stride(3) == slot_BN.stride(1) == 1
+    assert qkv.is_contiguous()
+    turned, (heads, kv_heads, width) = rotation.arguments(size)
     q = torch.empty(rows, tokens, heads, width, dtype=qkv.dtype, device=qkv.device)
     width_padded = triton.next_power_of_2(width)
     together = max(1, 1024 // width_padded)
     q_gain, k_gain, eps = norms or (qkv, qkv, 0.0)
     _rope_write[(tokens, rows, triton.cdiv(heads + 2 * kv_heads, together))](
-        qkv, cos, sin, q_gain, k_gain, slot_BN, q, keys, values, tokens, eps,
-        cos.stride(0) if len(cos) > 1 else 0, cos.stride(1), slot_BN.stride(0), *keys.stride()[:3],
+        qkv, q_gain, k_gain, q, eps, *turned,
         HEADS=heads, KV_HEADS=kv_heads, WIDTH=width, WIDTH_P=width_padded, TOGETHER=together,
         NORM=norms is not None, num_warps=4, **early(qkv),
     )  # fmt: skip

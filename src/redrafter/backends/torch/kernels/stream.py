@@ -2,6 +2,7 @@
 
     y = residual + (scale * (x * g) W^T + bias)
     y = silu(scale * (x * g) Wg^T) * (scale * (x * g) Wu^T)          scale = 1 / rms(x), or 1
+    q = turned(scale * (x * g) Wq^T + bias), k and v to the cache     (``rotate.py``)
 
 Large weights come through the tensor memory accelerator (Hopper; elsewhere triton reads them by pointers). A product
 that writes the residual stream also writes what the norm behind it needs: x * g, and of every tile of columns the sum
@@ -27,7 +28,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from redrafter.backends.torch.kernels.early import early, start_early
-from redrafter.backends.torch.kernels.matmul import Workspace
+from redrafter.backends.torch.kernels.matmul import Workspace, gated_by
+from redrafter.backends.torch.kernels.rotate import Rotation, rotate_write
 from redrafter.backends.torch.kernels.tall import block_rows, fetched, tall
 
 MAX_ROWS = 64
@@ -167,13 +169,22 @@ def _bring(w, row, first, K: tl.constexpr, BN: tl.constexpr, LENGTH: tl.constexp
     )
 
 
+@triton.jit
+def _added(mine, size, BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr):
+    """The parts of a sum, in their order."""
+    acc = tl.zeros((BN, BM), tl.float32)
+    for other in range(SPLIT):
+        acc += tl.load(mine + other * size, cache_modifier=".cg")
+    return acc
+
+
 @triton.jit(do_not_specialize=["M", "tiles"])
 def _stream(
-    x, w, squares, bias, residual, gain, y, scaled, squares_out, partial, arrived, M, tiles, eps,
-    N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
-    TILES_P: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    SCALED: tl.constexpr, PRECISION: tl.constexpr, X_FIRST: tl.constexpr, AHEAD: tl.constexpr, TALL: tl.constexpr,
-    EARLY: tl.constexpr,
+    x, w, squares, bias, residual, gain, y, scaled, squares_out, partial, arrived, rotation, M, tiles, eps,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, TILES_P: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
+    PRECISION: tl.constexpr, X_FIRST: tl.constexpr, AHEAD: tl.constexpr, TALL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program multiplies BN weight rows with all of x over one of SPLIT parts of K; the last one to arrive adds the
     parts in their order, so that the sum does not depend on who is last."""
@@ -213,23 +224,23 @@ def _stream(
         last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLIT - 1
     if last:
         if SPLIT > 1:
-            acc = tl.zeros((BN, BM), tl.float32)
-            for other in range(SPLIT):
-                acc += tl.load(mine + other * size, cache_modifier=".cg")
+            acc = _added(mine, size, BN, BM, SPLIT)
             tl.store(arrived + tile, 0)
         if NORM:
             scale = tl.rsqrt(tl.sum(sums, 0) / K + eps)[None, :]
             acc *= scale
             up *= scale
         if GATED:
-            gate = _rounded(acc, dtype)
-            acc = _rounded(gate / (1.0 + tl.exp(-gate)), dtype) * _rounded(up, dtype)
+            acc = gated_by(acc, up, dtype)
         if HAS_BIAS:
             acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
         if RESIDUAL:
             added = added_soon if SOON else tl.load(residual + place, mask=live, other=0.0)
             acc = _rounded(acc, dtype) + added.to(tl.float32)
-        tl.store(y + place, acc.to(dtype), mask=live)
+        if WIDTH > 0:
+            rotate_write(acc, y, rotation, tile, M, HEADS, KV_HEADS, WIDTH, BM, BN)
+        else:
+            tl.store(y + place, acc.to(dtype), mask=live)
         if SCALED:
             acc = tl.where(live, _rounded(acc, dtype), 0.0)
             tl.store(squares_out + tile * M + m, tl.sum(acc * acc, 0), mask=m < M)
@@ -246,10 +257,12 @@ def stream(
     residual_MN: Tensor | None = None,
     gated: bool = False,
     norm: tuple[Tensor, float] | None = None,
+    rotation: Rotation | None = None,
     cut: Cut | None = None,
 ) -> tuple[Tensor, Scaled | None]:
     """[M, N] as the module's docstring says, and with ``norm`` (weight, eps) what the norm behind it needs. ``weight``
-    [N, K], with ``gated`` [2 N, K], gates first. All contiguous, M <= ``most_rows``; ``fits`` says what is taken."""
+    [N, K], with ``gated`` [2 N, K], gates first; with ``rotation`` that of q|k|v, and only q [M, H * d] comes back. All
+    contiguous, M <= ``most_rows``; ``fits`` says what is taken."""
     values = x.values if isinstance(x, Scaled) else x
     M, K = values.shape
     N = weight.shape[0] // (2 if gated else 1)
@@ -257,7 +270,8 @@ def stream(
     assert residual_MN is None or residual_MN.is_contiguous()
     cut = cut or plan(M, N, K, gated)
     tiles = triton.cdiv(N, cut.BN)
-    y = tall((M, N), values)
+    turned, sizes = ((), (0, 0, 0)) if rotation is None else rotation.arguments(N)
+    y = tall((M, sizes[0] * sizes[2] or N), values)
     behind = None
     if norm is not None:
         squares = torch.empty(tiles, M, dtype=torch.float32, device=values.device)
@@ -275,9 +289,9 @@ def stream(
         x.squares if isinstance(x, Scaled) else y, y if bias_N is None else bias_N,
         y if residual_MN is None else residual_MN, y if norm is None else norm[0],
         y, y if behind is None else behind.values, y if behind is None else behind.squares,
-        workspace.partial, workspace.arrived, M, tiles_in, x.eps if isinstance(x, Scaled) else 0.0,
-        N, K, BM, cut.BN, cut.BK, cut.split, max(1, triton.next_power_of_2(tiles_in)), isinstance(x, Scaled), gated,
-        bias_N is not None, residual_MN is not None, behind is not None,
+        workspace.partial, workspace.arrived, turned, M, tiles_in, x.eps if isinstance(x, Scaled) else 0.0,
+        *sizes, N, K, BM, cut.BN, cut.BK, cut.split, max(1, triton.next_power_of_2(tiles_in)), isinstance(x, Scaled),
+        gated, bias_N is not None, residual_MN is not None, behind is not None,
         "ieee" if values.dtype == torch.float32 else "tf32", cut.x_first, cut.ahead, held == BM,
         num_warps=cut.warps, num_stages=cut.stages, **early(y, weight.nbytes <= EARLY_BYTES),
     )  # fmt: skip
