@@ -29,7 +29,7 @@ def _rounded(x, dtype: tl.constexpr):
 def _rope_write(
     qkv, q_gain, k_gain, q, eps,
     cos, sin, slots, keys, values, tokens, cos_row, cos_token, slot_row, cache_row, cache_head, cache_slot,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_P: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, HALF_P: tl.constexpr,
     TOGETHER: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program takes TOGETHER of the q, k and v heads of one token."""
@@ -38,39 +38,41 @@ def _rope_write(
     token = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     head = (tl.program_id(2) * TOGETHER + tl.arange(0, TOGETHER))[:, None]
-    column = tl.arange(0, WIDTH_P)[None, :]
+    whole, column = tl.arange(0, 2 * HALF_P)[None, :], tl.arange(0, HALF_P)[None, :]
     half: tl.constexpr = WIDTH // 2
-    partner = tl.where(column < half, column + half, column - half)
-    real = column < WIDTH
-    source = tl.where(column < half, 2 * column, 2 * (column - half) + 1)
-    across = tl.where(column < half, 2 * column + 1, 2 * (column - half))
-    inside = (head < HEADS + 2 * KV_HEADS) & real
+    real = column < half
     is_q = head < HEADS
     is_k = (head >= HEADS) & (head < HEADS + KV_HEADS)
-    is_v = head >= HEADS + KV_HEADS
+    is_v = (head >= HEADS + KV_HEADS) & (head < HEADS + 2 * KV_HEADS)
     m = row * tokens + token
     start = qkv + m * ((HEADS + 2 * KV_HEADS) * WIDTH) + head * WIDTH
-    raw = tl.load(start + tl.where(is_v, column, source), mask=inside, other=0.0)
-    x = raw.to(tl.float32)
-    turned = tl.load(start + across, mask=inside & (is_q | is_k), other=0.0).to(tl.float32)
+    raw = tl.load(start + whole, mask=(is_q | is_k | is_v) & (whole < WIDTH), other=0.0)
+    low, high = tl.split(tl.reshape(raw.to(tl.float32), (TOGETHER, HALF_P, 2)))
     if NORM:
-        scale = tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps)[:, None]
-        gain = tl.where(is_q, tl.load(q_gain + column, mask=real, other=0.0),
-                        tl.load(k_gain + column, mask=real, other=0.0)).to(tl.float32)  # fmt: skip
-        other = tl.where(is_q, tl.load(q_gain + partner, mask=real, other=0.0),
-                         tl.load(k_gain + partner, mask=real, other=0.0)).to(tl.float32)  # fmt: skip
-        x = _rounded(_rounded(x * scale, dtype) * gain, dtype)
-        turned = _rounded(_rounded(turned * scale, dtype) * other, dtype)
-    turned = tl.where(column < half, -turned, turned)
+        scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / WIDTH + eps)[:, None]
+        gain = tl.where(is_q, q_gain + column, k_gain + column)
+        low = _normed(low, scale, gain, real, dtype)
+        high = _normed(high, scale, gain + half, real, dtype)
     angle = row * cos_row + token * cos_token + column
     c = tl.load(cos + angle, mask=real, other=0.0).to(tl.float32)
     s = tl.load(sin + angle, mask=real, other=0.0).to(tl.float32)
-    y = (_rounded(x * c, dtype) + _rounded(turned * s, dtype)).to(dtype)
-    tl.store(q + (m * HEADS + head) * WIDTH + column, y, mask=is_q & real)
-    to = row * cache_row + tl.load(slots + row * slot_row + token) * cache_slot + column
-    tl.store(keys + to + (head - HEADS).to(tl.int64) * cache_head, y.to(keys.dtype.element_ty), mask=is_k & real)
-    to_value = to + (head - HEADS - KV_HEADS).to(tl.int64) * cache_head
-    tl.store(values + to_value, raw.to(values.dtype.element_ty), mask=is_v & inside)
+    low_turned = (_rounded(low * c, dtype) - _rounded(high * s, dtype)).to(dtype)
+    high_turned = (_rounded(high * c, dtype) + _rounded(low * s, dtype)).to(dtype)
+    query = q + (m * HEADS + head) * WIDTH + column
+    tl.store(query, low_turned, mask=is_q & real)
+    tl.store(query + half, high_turned, mask=is_q & real)
+    to = row * cache_row + tl.load(slots + row * slot_row + token) * cache_slot
+    key = keys + to + (head - HEADS).to(tl.int64) * cache_head + column
+    tl.store(key, low_turned.to(keys.dtype.element_ty), mask=is_k & real)
+    tl.store(key + half, high_turned.to(keys.dtype.element_ty), mask=is_k & real)
+    value = values + to + (head - HEADS - KV_HEADS).to(tl.int64) * cache_head + whole
+    tl.store(value, raw.to(values.dtype.element_ty), mask=is_v & (whole < WIDTH))
+
+
+@triton.jit
+def _normed(x, scale, gain, real, dtype: tl.constexpr):
+    weight = tl.load(gain, mask=real, other=0.0).to(tl.float32)
+    return _rounded(_rounded(x * scale, dtype) * weight, dtype)
 
 
 class HeadNorms(NamedTuple):
@@ -91,13 +93,13 @@ def rope_write(qkv: Tensor, rotation: Rotation, norms: HeadNorms | None = None) 
     assert qkv.is_contiguous()
     turned, (heads, kv_heads, width) = rotation.arguments(size)
     q = torch.empty(rows, tokens, heads, width, dtype=qkv.dtype, device=qkv.device)
-    width_padded = triton.next_power_of_2(width)
-    together = max(1, 1024 // width_padded)
+    half_padded = triton.next_power_of_2(width // 2)
+    together = max(1, 512 // half_padded)
     q_gain, k_gain, eps = norms or (qkv, qkv, 0.0)
     _rope_write[(tokens, rows, triton.cdiv(heads + 2 * kv_heads, together))](
         qkv, q_gain, k_gain, q, eps, *turned,
-        HEADS=heads, KV_HEADS=kv_heads, WIDTH=width, WIDTH_P=width_padded, TOGETHER=together,
-        NORM=norms is not None, num_warps=4, **early(qkv),
+        HEADS=heads, KV_HEADS=kv_heads, WIDTH=width, HALF_P=half_padded, TOGETHER=together,
+        NORM=norms is not None, num_warps=4, enable_fp_fusion=False, **early(qkv),
     )  # fmt: skip
     return q.transpose(1, 2)
 
