@@ -31,6 +31,11 @@ def nearly_all_equal(a: Tensor, b: Tensor) -> None:
     assert a.dtype == torch.float32 or (a == b).float().mean() > 0.98
 
 
+def mixed(x: Tensor) -> Tensor:
+    """Heads' columns as the kernels want them."""
+    return interleaved(x.movedim(-1, 0), x.shape[-1]).movedim(0, -1)
+
+
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("dtype", list(EXACTLY))
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 2, 24), (9, 3, 64)])
@@ -50,15 +55,16 @@ def test_rope_write(
     if normed:
         q, k = rms(q, gains[0]), rms(k, gains[1])
     q, k = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    q, k = (mixed(x) for x in (q, k))
     eager.update(k, v.transpose(1, 2), 1)
+    norms = HeadNorms(mixed(gains[0]), mixed(gains[1]), 1e-5) if normed else None
     rotated = (heads + kv_heads) * width
-    mixed = torch.cat([interleaved(qkv.permute(2, 0, 1)[:rotated], width).permute(1, 2, 0), qkv[..., rotated:]], 2)
-    norms = HeadNorms(gains[0], gains[1], 1e-5) if normed else None
-    got = rope_write(mixed, Rotation(cos, sin, kernel.layer(1)), norms)
+    qkv = torch.cat([mixed(qkv[..., :rotated].unflatten(2, (-1, width))).flatten(2), qkv[..., rotated:]], 2)
+    got = rope_write(qkv, Rotation(cos, sin, kernel.layer(1)), norms)
     nearly_all_equal(got, q)
     nearly_all_equal(kernel.keys, eager.keys)
     assert torch.equal(kernel.values, eager.values)
-    one_row = rope_write(mixed, Rotation(cos[:1], sin[:1], kernel.layer(0)), norms)  # angles of one row serve all
+    one_row = rope_write(qkv, Rotation(cos[:1], sin[:1], kernel.layer(0)), norms)  # angles of one row serve all
     assert torch.equal(one_row[0], got[0]) and not torch.equal(one_row[1], got[1])
 
 

@@ -133,8 +133,11 @@ class FusedCudaLayer(nn.Module):
         """the first norm of the layer behind this one"""
         self.q_gain = self.k_gain = None
         if hasattr(attention, "q_norm"):
-            self.q_gain, self._head_eps = _norm(attention.q_norm)
-            self.k_gain, _ = _norm(attention.k_norm)
+            self._head_eps = _norm(attention.q_norm)[1]
+            self.q_gain, self.k_gain = (
+                nn.Parameter(interleaved(norm.weight, self.width), requires_grad=False)
+                for norm in (attention.q_norm, attention.k_norm)
+            )
         self.qkv, self.qkv_bias = _join(attention.q_proj, attention.k_proj, attention.v_proj, width=self.width)
         self.out, self.out_bias = _join(attention.o_proj)
         self.gate_up, _ = _join(mlp.gate_proj, mlp.up_proj)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from redrafter.backends.torch.kernels.early import early, start_early
-from redrafter.backends.torch.kernels.rotate import Rotation
+from redrafter.backends.torch.kernels.rotate import Rotation, turned
 from redrafter.backends.torch.kernels.tall import tall
 
 
@@ -29,7 +29,7 @@ def _rounded(x, dtype: tl.constexpr):
 def _rope_write(
     qkv, q_gain, k_gain, q, eps,
     cos, sin, slots, keys, values, tokens, cos_row, cos_token, slot_row, cache_row, cache_head, cache_slot,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, HALF_P: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_P: tl.constexpr,
     TOGETHER: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program takes TOGETHER of the q, k and v heads of one token."""
@@ -38,45 +38,32 @@ def _rope_write(
     token = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     head = (tl.program_id(2) * TOGETHER + tl.arange(0, TOGETHER))[:, None]
-    whole, column = tl.arange(0, 2 * HALF_P)[None, :], tl.arange(0, HALF_P)[None, :]
-    half: tl.constexpr = WIDTH // 2
-    real = column < half
+    column, pair = tl.arange(0, WIDTH_P)[None, :], tl.arange(0, WIDTH_P // 2)[None, :]
     is_q = head < HEADS
     is_k = (head >= HEADS) & (head < HEADS + KV_HEADS)
     is_v = (head >= HEADS + KV_HEADS) & (head < HEADS + 2 * KV_HEADS)
+    real, real_pair = column < WIDTH, pair < WIDTH // 2
     m = row * tokens + token
     start = qkv + m * ((HEADS + 2 * KV_HEADS) * WIDTH) + head * WIDTH
-    raw = tl.load(start + whole, mask=(is_q | is_k | is_v) & (whole < WIDTH), other=0.0)
-    low, high = tl.split(tl.reshape(raw.to(tl.float32), (TOGETHER, HALF_P, 2)))
+    raw = tl.load(start + column, mask=(is_q | is_k | is_v) & real, other=0.0)
+    x = raw.to(tl.float32)
     if NORM:
-        scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / WIDTH + eps)[:, None]
-        gain = tl.where(is_q, q_gain + column, k_gain + column)
-        low = _normed(low, scale, gain, real, dtype)
-        high = _normed(high, scale, gain + half, real, dtype)
-    angle = row * cos_row + token * cos_token + column
-    c = tl.load(cos + angle, mask=real, other=0.0).to(tl.float32)
-    s = tl.load(sin + angle, mask=real, other=0.0).to(tl.float32)
-    low_turned = (_rounded(low * c, dtype) - _rounded(high * s, dtype)).to(dtype)
-    high_turned = (_rounded(high * c, dtype) + _rounded(low * s, dtype)).to(dtype)
-    query = q + (m * HEADS + head) * WIDTH + column
-    tl.store(query, low_turned, mask=is_q & real)
-    tl.store(query + half, high_turned, mask=is_q & real)
-    to = row * cache_row + tl.load(slots + row * slot_row + token) * cache_slot
-    key = keys + to + (head - HEADS).to(tl.int64) * cache_head + column
-    tl.store(key, low_turned.to(keys.dtype.element_ty), mask=is_k & real)
-    tl.store(key + half, high_turned.to(keys.dtype.element_ty), mask=is_k & real)
-    value = values + to + (head - HEADS - KV_HEADS).to(tl.int64) * cache_head + whole
-    tl.store(value, raw.to(values.dtype.element_ty), mask=is_v & (whole < WIDTH))
-
-
-@triton.jit
-def _normed(x, scale, gain, real, dtype: tl.constexpr):
-    weight = tl.load(gain, mask=real, other=0.0).to(tl.float32)
-    return _rounded(_rounded(x * scale, dtype) * weight, dtype)
+        scale = tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps)[:, None]
+        gain = tl.load(tl.where(is_q, q_gain + column, k_gain + column), mask=real, other=0.0).to(tl.float32)
+        x = _rounded(_rounded(x * scale, dtype) * gain, dtype)
+    angle = row * cos_row + token * cos_token + pair
+    c = tl.load(cos + angle, mask=real_pair, other=0.0)
+    s = tl.load(sin + angle, mask=real_pair, other=0.0)
+    y = turned(x, c, s, dtype, TOGETHER, WIDTH_P)
+    tl.store(q + (m * HEADS + head) * WIDTH + column, y, mask=is_q & real)
+    to = row * cache_row + tl.load(slots + row * slot_row + token) * cache_slot + column
+    tl.store(keys + to + (head - HEADS).to(tl.int64) * cache_head, y.to(keys.dtype.element_ty), mask=is_k & real)
+    to_value = to + (head - HEADS - KV_HEADS).to(tl.int64) * cache_head
+    tl.store(values + to_value, raw.to(values.dtype.element_ty), mask=is_v & real)
 
 
 class HeadNorms(NamedTuple):
-    """Norms over each head's width before the rotation, as Qwen3 has them."""
+    """Norms over each head's width before the rotation, as Qwen3 has them; weights in the order of the heads."""
 
     q: Tensor  # [d]
     k: Tensor  # [d]
@@ -86,19 +73,19 @@ class HeadNorms(NamedTuple):
 def rope_write(qkv: Tensor, rotation: Rotation, norms: HeadNorms | None = None) -> Tensor:
     """The rotated queries [B, H, N, d], a view of [B, N, H, d]; rotated keys, and values, go to the cache.
 
-    ``qkv`` [B, N, (H + 2 Hkv) * d] contiguous, q first, then k, v; the halves of q's and k's heads are interleaved
-    (``rotate.interleaved``).
+    ``qkv`` [B, N, (H + 2 Hkv) * d] contiguous, q first, then k, v; the halves of q's and k's heads, and so those of the
+    norms' weights, are interleaved (``rotate.interleaved``), and stay so.
     """
     rows, tokens, size = qkv.shape
     assert qkv.is_contiguous()
     turned, (heads, kv_heads, width) = rotation.arguments(size)
     q = torch.empty(rows, tokens, heads, width, dtype=qkv.dtype, device=qkv.device)
-    half_padded = triton.next_power_of_2(width // 2)
-    together = max(1, 512 // half_padded)
+    width_padded = triton.next_power_of_2(width)
+    together = max(1, 1024 // width_padded)
     q_gain, k_gain, eps = norms or (qkv, qkv, 0.0)
     _rope_write[(tokens, rows, triton.cdiv(heads + 2 * kv_heads, together))](
         qkv, q_gain, k_gain, q, eps, *turned,
-        HEADS=heads, KV_HEADS=kv_heads, WIDTH=width, HALF_P=half_padded, TOGETHER=together,
+        HEADS=heads, KV_HEADS=kv_heads, WIDTH=width, WIDTH_P=width_padded, TOGETHER=together,
         NORM=norms is not None, num_warps=4, enable_fp_fusion=False, **early(qkv),
     )  # fmt: skip
     return q.transpose(1, 2)

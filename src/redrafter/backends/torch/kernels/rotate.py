@@ -1,8 +1,9 @@
 """Rotary embedding and the cache write at the end of the product that makes q, k and v: a launch less per layer.
 
-A program of ``stream.py`` holds some outputs of all rows. What the rotation mixes, columns j and j + d / 2 of a head,
-are neighbours there, because the weight's rows of q and k are interleaved when a layer is joined. Slow twin:
-``norms.rope_write`` of the product's output, bit for bit.
+The rotation mixes columns j and j + d / 2 of a head. A program of ``stream.py`` has a few columns of all rows, and
+wants both: so the two lie beside each other in the weights of q and k, and stay there in queries and cached keys, whose
+products do not change if both are reordered alike. Slow twin: ``norms.rope_write`` of the product's output, the same
+bits.
 
 Letters: B rows, N tokens, M = B x N, H heads, Hkv KV heads, d head width.
 """
@@ -51,6 +52,17 @@ def interleaved(rows: Tensor, width: int) -> Tensor:
 
 
 @triton.jit
+def turned(x, c, s, dtype: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pairs of neighbours of ``x`` [ROWS, COLUMNS] turned by angles [.., COLUMNS / 2]. Products are rounded, as
+    transformers rounds them; launches say ``enable_fp_fusion=False``, or a fused multiply-add would skip one."""
+    low, high = tl.split(tl.reshape(x.to(tl.float32), (ROWS, COLUMNS // 2, 2)))
+    c, s = c.to(tl.float32), s.to(tl.float32)
+    low_c, high_s = (low * c).to(dtype).to(tl.float32), (high * s).to(dtype).to(tl.float32)
+    high_c, low_s = (high * c).to(dtype).to(tl.float32), (low * s).to(dtype).to(tl.float32)
+    return tl.reshape(tl.join(low_c - high_s, high_c + low_s), (ROWS, COLUMNS)).to(dtype)
+
+
+@triton.jit
 def rotate_write(
     acc, q, rotation, tile, M, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
@@ -58,7 +70,6 @@ def rotate_write(
     """``acc`` [BN, BM] float32: outputs ``tile`` x BN onward of M tokens; ``rotation``: ``Rotation.arguments``."""
     cos, sin, slots, keys, values, tokens, cos_row, cos_token, slot_row, cache_row, cache_head, cache_slot = rotation
     dtype: tl.constexpr = q.dtype.element_ty
-    half: tl.constexpr = WIDTH // 2
     m = tl.arange(0, BM)[:, None]
     row, token = m // tokens, m % tokens
     live = m < M
@@ -66,27 +77,25 @@ def rotate_write(
     to = row.to(tl.int64) * cache_row + slot * cache_slot
     x = tl.trans(acc).to(dtype)
     first = tile * BN
+    n = first + tl.arange(0, BN)[None, :]
+    # A tile within one head says so, for its numbers to be read and written several at once.
+    head, column = n // WIDTH, n % WIDTH
+    if WIDTH % BN == 0:
+        at = tl.multiple_of(first % WIDTH, BN)
+        head, column = first // WIDTH, at + tl.arange(0, BN)[None, :]
     if first < (HEADS + KV_HEADS) * WIDTH:
-        pair = first // 2 + tl.arange(0, BN // 2)[None, :]
-        head, column = pair // half, pair % half
-        angle = row * cos_row + token * cos_token + column
-        c = tl.load(cos + angle, mask=live, other=0.0).to(tl.float32)
-        s = tl.load(sin + angle, mask=live, other=0.0).to(tl.float32)
-        low, high = tl.split(tl.reshape(x, (BM, BN // 2, 2)))
-        low, high = low.to(tl.float32), high.to(tl.float32)
-        # Products are rounded where transformers rounds them.
-        low_c, high_s = (low * c).to(dtype).to(tl.float32), (high * s).to(dtype).to(tl.float32)
-        high_c, low_s = (high * c).to(dtype).to(tl.float32), (low * s).to(dtype).to(tl.float32)
-        low, high = (low_c - high_s).to(dtype), (high_c + low_s).to(dtype)
+        pair = ((first + 2 * tl.arange(0, BN // 2)) % WIDTH // 2)[None, :]
+        if WIDTH % BN == 0:
+            pair = tl.multiple_of(at // 2, BN // 2) + tl.arange(0, BN // 2)[None, :]
+        angle = row * cos_row + token * cos_token + pair
+        c = tl.load(cos + angle, mask=live, other=0.0)
+        s = tl.load(sin + angle, mask=live, other=0.0)
+        y = turned(x, c, s, dtype, BM, BN)
         if first < HEADS * WIDTH:
-            place = q + (m * HEADS + head) * WIDTH + column
-            tl.store(place, low, mask=live)
-            tl.store(place + half, high, mask=live)
+            tl.store(q + m * (HEADS * WIDTH) + n, y, mask=live)
         else:
-            key = keys + to + (head - HEADS) * cache_head + column
-            tl.store(key, low.to(keys.dtype.element_ty), mask=live)
-            tl.store(key + half, high.to(keys.dtype.element_ty), mask=live)
+            place = to + (head - HEADS) * cache_head + column
+            tl.store(keys + place, y.to(keys.dtype.element_ty), mask=live)
     else:
-        n = first - (HEADS + KV_HEADS) * WIDTH + tl.arange(0, BN)[None, :]
-        place = values + to + (n // WIDTH) * cache_head + n % WIDTH
-        tl.store(place, x.to(values.dtype.element_ty), mask=live)
+        place = to + (head - HEADS - KV_HEADS) * cache_head + column
+        tl.store(values + place, x.to(values.dtype.element_ty), mask=live)

@@ -293,7 +293,7 @@ def stream(
         *sizes, N, K, BM, cut.BN, cut.BK, cut.split, max(1, triton.next_power_of_2(tiles_in)), isinstance(x, Scaled),
         gated, bias_N is not None, residual_MN is not None, behind is not None,
         "ieee" if values.dtype == torch.float32 else "tf32", cut.x_first, cut.ahead, held == BM,
-        num_warps=cut.warps, num_stages=cut.stages, enable_fp_fusion=rotation is None,
+        num_warps=cut.warps, num_stages=cut.stages, enable_fp_fusion=False,
         **early(y, weight.nbytes <= EARLY_BYTES),
     )  # fmt: skip
     return y, behind
