@@ -9,6 +9,7 @@ from torch.nn import functional as F
 pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be tested")
 
 from redrafter.backends.torch.kernels.matmul import Norm, Workspace, _Plan, few_rows
+from redrafter.backends.torch.kernels.rotate import interleaved
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -40,7 +41,7 @@ def test_gated(rows: int) -> None:
     x, w = random(rows, 72, seed=1), random(80, 72, seed=2)
     gain = random(72, seed=5)
     gate, up = F.linear(F.rms_norm(x, (72,), gain, 1e-5), w).chunk(2, -1)
-    y = few_rows(x, w, norm=Norm(gain, 1e-5), gated=True)
+    y = few_rows(x, interleaved(w, 80), norm=Norm(gain, 1e-5), gated=True)
     torch.testing.assert_close(y, F.silu(gate) * up, rtol=1e-5, atol=1e-5)
 
 
@@ -61,5 +62,5 @@ def test_half_precision_rounds_where_torch_does(rows: int) -> None:
     # Not bfloat16: triton's interpreter neither rounds nor multiplies it as a GPU does.
     x, w = random(rows, 64, seed=1, dtype=torch.float16), random(64, 64, seed=2, dtype=torch.float16)
     gate, up = F.linear(x, w).chunk(2, -1)
-    y = few_rows(x, w, gated=True)
+    y = few_rows(x, interleaved(w, 64), gated=True)
     assert (y == F.silu(gate) * up).float().mean() > 0.9

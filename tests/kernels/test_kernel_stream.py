@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be tested")
 from redrafter.backends.torch.kernels.matmul import Workspace
+from redrafter.backends.torch.kernels.rotate import interleaved
 from redrafter.backends.torch.kernels.stream import (
     MAX_ROWS,
     SMALL_ROWS,
@@ -67,7 +68,7 @@ def test_a_product_with_all_around_it_and_the_norm_behind_it(rows: int, cut: Cut
 def test_gated(rows: int, cut: Cut, workspace: Workspace) -> None:
     x, w, gain = random(rows, 136, seed=1), random(80, 136, seed=2) / 10, random(136, seed=3)
     gate, up = F.linear(F.rms_norm(x, (136,), gain, 1e-5), w).chunk(2, -1)
-    y, behind = stream(scaled(x, (gain, 1e-5)), w, gated=True, workspace=workspace, cut=cut)
+    y, behind = stream(scaled(x, (gain, 1e-5)), interleaved(w, 80), gated=True, workspace=workspace, cut=cut)
     close(y, F.silu(gate) * up)
     assert behind is None
 

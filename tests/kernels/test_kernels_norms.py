@@ -9,12 +9,12 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from redrafter.backends.torch.kv_cache import KVCache
-from tests.kernels.twins import random
+from tests.kernels.twins import in_pairs, random
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be tested")
 from redrafter.backends.torch.kernels.commit import KernelCache
 from redrafter.backends.torch.kernels.norms import HeadNorms, add_rms_norm, rope_write, silu_mul
-from redrafter.backends.torch.kernels.rotate import Rotation, interleaved
+from redrafter.backends.torch.kernels.rotate import Rotation
 
 EXACTLY = {torch.float32: 2e-6, torch.float16: 1e-3}
 """One rounding: of float16 at magnitude 1 to 2, where fused multiply-adds or another order of a sum move a tie."""
@@ -29,11 +29,6 @@ def rms(x: Tensor, gain: Tensor) -> Tensor:
 def nearly_all_equal(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=EXACTLY[a.dtype], atol=EXACTLY[a.dtype])
     assert a.dtype == torch.float32 or (a == b).float().mean() > 0.98
-
-
-def mixed(x: Tensor) -> Tensor:
-    """Heads' columns as the kernels want them."""
-    return interleaved(x.movedim(-1, 0), x.shape[-1]).movedim(0, -1)
 
 
 @pytest.mark.parametrize("normed", [False, True])
@@ -55,11 +50,11 @@ def test_rope_write(
     if normed:
         q, k = rms(q, gains[0]), rms(k, gains[1])
     q, k = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
-    q, k = (mixed(x) for x in (q, k))
+    q, k = (in_pairs(x) for x in (q, k))
     eager.update(k, v.transpose(1, 2), 1)
-    norms = HeadNorms(mixed(gains[0]), mixed(gains[1]), 1e-5) if normed else None
+    norms = HeadNorms(in_pairs(gains[0]), in_pairs(gains[1]), 1e-5) if normed else None
     rotated = (heads + kv_heads) * width
-    qkv = torch.cat([mixed(qkv[..., :rotated].unflatten(2, (-1, width))).flatten(2), qkv[..., rotated:]], 2)
+    qkv = torch.cat([in_pairs(qkv[..., :rotated].unflatten(2, (-1, width))).flatten(2), qkv[..., rotated:]], 2)
     got = rope_write(qkv, Rotation(cos, sin, kernel.layer(1)), norms)
     nearly_all_equal(got, q)
     nearly_all_equal(kernel.keys, eager.keys)
@@ -85,4 +80,4 @@ def test_add_rms_norm(width: int, dtype: torch.dtype, device: torch.device) -> N
 def test_silu_mul(dtype: torch.dtype, device: torch.device) -> None:
     both = random(3, 2 * 1500, seed=1, scale=3).to(device, dtype)
     gate, up = both.chunk(2, -1)
-    nearly_all_equal(silu_mul(both), F.silu(gate) * up)
+    nearly_all_equal(silu_mul(in_pairs(both)), F.silu(gate) * up)

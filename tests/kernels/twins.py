@@ -21,3 +21,8 @@ OPS = StableOps()
 
 def random(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def in_pairs(x: Tensor) -> Tensor:
+    """[.., d] with columns j and j + d / 2 beside each other, as the GPU's layers keep queries and keys."""
+    return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)

@@ -140,7 +140,8 @@ class FusedCudaLayer(nn.Module):
             )
         self.qkv, self.qkv_bias = _join(attention.q_proj, attention.k_proj, attention.v_proj, width=self.width)
         self.out, self.out_bias = _join(attention.o_proj)
-        self.gate_up, _ = _join(mlp.gate_proj, mlp.up_proj)
+        gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+        self.gate_up = nn.Parameter(interleaved(gate_up, len(gate_up)), requires_grad=False)
         self.down, self.down_bias = _join(mlp.down_proj)
         weights = (self.qkv, self.out, self.gate_up, self.down)
         self.most_streamed = most_rows(*weights) if fits(*weights) else 0

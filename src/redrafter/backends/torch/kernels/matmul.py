@@ -52,6 +52,13 @@ def gated_by(gate, up, dtype: tl.constexpr):
 
 
 @triton.jit
+def gated_pairs(acc, OUTPUTS: tl.constexpr, BM: tl.constexpr, dtype: tl.constexpr):
+    """[OUTPUTS, BM] of sums [2 OUTPUTS, BM], gates and ups in turn."""
+    gate, up = tl.split(tl.reshape(tl.trans(acc), (BM, OUTPUTS, 2)))
+    return tl.trans(gated_by(gate, up, dtype))
+
+
+@triton.jit
 def _gemv(
     x, w, gain, bias, residual, y, N: tl.constexpr, K: tl.constexpr, eps,
     NORM: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, RESIDUAL: tl.constexpr,
@@ -59,20 +66,18 @@ def _gemv(
 ):  # fmt: skip
     """One row. A program reads BN weight rows, BK columns at a time, or AHEAD of its predecessor's end all of them."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
-    row = n.to(tl.int64) * K
-    second = w + N * K
+    ROWS: tl.constexpr = 2 * BN if GATED else BN
+    line = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    exists = line < (2 * N if GATED else N)
+    row = line.to(tl.int64) * K
     if AHEAD:
-        whole = row[:, None] + tl.arange(0, BK)[None, :]
-        mask = (n < N)[:, None] & (tl.arange(0, BK) < K)[None, :]
-        w_ahead = tl.load(w + whole, mask=mask, other=0.0)
-        if GATED:
-            up_ahead = tl.load(second + whole, mask=mask, other=0.0)
+        mask = exists[:, None] & (tl.arange(0, BK) < K)[None, :]
+        w_ahead = tl.load(w + row[:, None] + tl.arange(0, BK)[None, :], mask=mask, other=0.0)
     start_early(EARLY)
     added = 0.0
     if RESIDUAL:
         added = tl.load(residual + n, mask=n < N, other=0.0)
-    acc = tl.zeros((BN, BK), tl.float32)
-    up = tl.zeros((BN, BK), tl.float32)
+    acc = tl.zeros((ROWS, BK), tl.float32)
     squares = tl.zeros((BK,), tl.float32)
     dtype = x.dtype.element_ty
     for start in range(0, K, BK):
@@ -83,19 +88,15 @@ def _gemv(
             squares += v * v
         if NORM == 2:
             v = (v * tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
-        mask = (n < N)[:, None] & inside[None, :]
+        mask = exists[:, None] & inside[None, :]
         w_k = w_ahead if AHEAD else tl.load(w + row[:, None] + k[None, :], mask=mask, other=0.0)
         acc += w_k.to(tl.float32) * v[None, :]
-        if GATED:
-            up_k = up_ahead if AHEAD else tl.load(second + row[:, None] + k[None, :], mask=mask, other=0.0)
-            up += up_k.to(tl.float32) * v[None, :]
     y_n = tl.sum(acc, 1)
-    scale = 1.0
     if NORM > 0:
-        scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
-        y_n *= scale
+        y_n *= tl.rsqrt(tl.sum(squares, 0) / K + eps)
     if GATED:
-        y_n = gated_by(y_n, tl.sum(up, 1) * scale, dtype)
+        gate, up = tl.split(tl.reshape(y_n, (BN, 2)))
+        y_n = gated_by(gate, up, dtype)
     _finish(y_n, n, n * 0, n < N, bias, added, y, N, HAS_BIAS, SILU, RESIDUAL)
 
 
@@ -112,9 +113,10 @@ def _skinny(
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     part = tl.program_id(1)
     m = tl.arange(0, BM)
-    row = n.to(tl.int64) * K
-    acc = tl.zeros((BN, BM), tl.float32)
-    up = tl.zeros((BN, BM), tl.float32)
+    ROWS: tl.constexpr = 2 * BN if GATED else BN
+    line = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = line.to(tl.int64) * K
+    acc = tl.zeros((ROWS, BM), tl.float32)
     squares = tl.zeros((BM,), tl.float32)
     dtype = x.dtype.element_ty
     steps: tl.constexpr = ((K + BK - 1) // BK + SPLIT - 1) // SPLIT
@@ -127,15 +129,14 @@ def _skinny(
             squares += tl.sum(v.to(tl.float32) * v.to(tl.float32), 0)
         if NORM == 2:
             v = (v.to(tl.float32) * tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)[:, None]).to(dtype)
-        mask = (n < N)[:, None] & inside[None, :]
+        mask = (line < (2 * N if GATED else N))[:, None] & inside[None, :]
         acc = tl.dot(tl.load(w + row[:, None] + k[None, :], mask=mask, other=0.0), v, acc, input_precision=PRECISION)
-        if GATED:
-            second = w + N * K
-            up = tl.dot(
-                tl.load(second + row[:, None] + k[None, :], mask=mask, other=0.0), v, up, input_precision=PRECISION
-            )
     place = n.to(tl.int64)[:, None] + m[None, :] * N
     live = (n < N)[:, None] & (m < M)[None, :]
+    if NORM > 0:
+        scale = tl.rsqrt(squares / K + eps)[None, :]
+    if GATED:  # in one part
+        acc = gated_pairs(acc * scale if NORM > 0 else acc, BN, BM, dtype)
     last = True
     if SPLIT > 1:
         size = M * N
@@ -148,17 +149,13 @@ def _skinny(
             for other in range(SPLIT):
                 acc += tl.load(partial + other * size + place, mask=live, other=0.0, cache_modifier=".cg")
             tl.store(arrived + tl.program_id(0), 0)
-        if NORM > 0:
-            scale = tl.rsqrt(squares / K + eps)[None, :]
+        if NORM > 0 and not GATED:
             acc *= scale
-            up *= scale
-        column, line = n[:, None] + 0 * m[None, :], m[None, :] + 0 * n[:, None]
-        if GATED:
-            acc = gated_by(acc, up, dtype)
+        column, of_x = n[:, None] + 0 * m[None, :], m[None, :] + 0 * n[:, None]
         added = 0.0
         if RESIDUAL:
-            added = tl.load(residual + line.to(tl.int64) * residual_row + column, mask=live, other=0.0)
-        _finish(acc, column, line, live, bias, added, y, N, HAS_BIAS, SILU, RESIDUAL)
+            added = tl.load(residual + of_x.to(tl.int64) * residual_row + column, mask=live, other=0.0)
+        _finish(acc, column, of_x, live, bias, added, y, N, HAS_BIAS, SILU, RESIDUAL)
 
 
 class Norm(NamedTuple):
@@ -225,7 +222,7 @@ def few_rows(
     backwards: bool = False,
 ) -> Tensor:
     """[M, N] as the module's docstring says; M <= MAX_ROWS; rows of ``residual_MN`` may lie any distance apart, 0
-    included; with ``gated`` the weight is [2 N, K], gates first.
+    included; with ``gated`` the weight is [2 N, K], gates and ups in turn (``rotate.interleaved``).
 
     bfloat16 is rounded where transformers rounds it, but for the norm: there the product of x and its weight is
     rounded before the division by rms(x) instead of after it. Without a workspace sums are not split. ``backwards``:

@@ -127,16 +127,16 @@ def add_rms_norm(x_MD: Tensor, delta_MD: Tensor | None, weight_D: Tensor, eps: f
 def _silu_mul(gate_up, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     dtype = y.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
+    both = tl.program_id(1) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
+    x = tl.load(gate_up + row * 2 * WIDTH + both, mask=both < 2 * WIDTH, other=0.0).to(tl.float32)
+    gate, up = tl.split(tl.reshape(x, (BLOCK, 2)))
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < WIDTH
-    gate = tl.load(gate_up + row * 2 * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * WIDTH + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
     gate = _rounded(gate / (1.0 + tl.exp(-gate)), dtype)
-    tl.store(y + row * WIDTH + column, (gate * up).to(dtype), mask=inside)
+    tl.store(y + row * WIDTH + column, (gate * up).to(dtype), mask=column < WIDTH)
 
 
 def silu_mul(gate_up_MF: Tensor) -> Tensor:
-    """silu(first half) * second half of the last axis of [M, 2 F]: [M, F]."""
+    """silu(gate) * up of [M, 2 F], gates and ups in turn: [M, F]."""
     rows, double = gate_up_MF.shape
     assert gate_up_MF.is_contiguous()
     y = torch.empty(rows, double // 2, dtype=gate_up_MF.dtype, device=gate_up_MF.device)

@@ -28,7 +28,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from redrafter.backends.torch.kernels.early import early, start_early
-from redrafter.backends.torch.kernels.matmul import Workspace, gated_by
+from redrafter.backends.torch.kernels.matmul import Workspace, gated_pairs
 from redrafter.backends.torch.kernels.rotate import Rotation, rotate_write
 from redrafter.backends.torch.kernels.tall import block_rows, fetched, tall
 
@@ -132,30 +132,22 @@ def _block_of(
 @triton.jit
 def _sums(
     x, w, row, first, M, steps: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, GATED: tl.constexpr, X_FIRST: tl.constexpr, PRECISION: tl.constexpr, POINTERS: tl.constexpr,
+    BK: tl.constexpr, X_FIRST: tl.constexpr, PRECISION: tl.constexpr, POINTERS: tl.constexpr,
     TALL: tl.constexpr, FIT: tl.constexpr,
 ):  # fmt: skip
-    """[BN, BM]: weight rows from ``row`` on, and those N below, times x over ``steps`` blocks from ``first`` on."""
+    """[BN, BM]: BN weight rows of N from ``row`` on times x over ``steps`` blocks from ``first`` on."""
     acc = tl.zeros((BM, BN) if X_FIRST else (BN, BM), tl.float32)
-    up = tl.zeros((BM, BN) if X_FIRST else (BN, BM), tl.float32)
-    rows: tl.constexpr = 2 * N if GATED else N
     for step in range(steps):
         k = first + step * BK
         v = _block_of(x, 0, k, M, K, BM, BK, POINTERS, TALL, FIT)
-        of_acc = _block_of(w, row, k, rows, K, BN, BK, POINTERS, N % BN == 0, FIT)
+        of_w = _block_of(w, row, k, N, K, BN, BK, POINTERS, N % BN == 0, FIT)
         if X_FIRST:
-            acc = tl.dot(v, tl.trans(of_acc), acc, input_precision=PRECISION)
+            acc = tl.dot(v, tl.trans(of_w), acc, input_precision=PRECISION)
         else:
-            acc = tl.dot(of_acc, tl.trans(v), acc, input_precision=PRECISION)
-        if GATED:
-            of_up = _block_of(w, N + row, k, rows, K, BN, BK, POINTERS, N % BN == 0, FIT)
-            if X_FIRST:
-                up = tl.dot(v, tl.trans(of_up), up, input_precision=PRECISION)
-            else:
-                up = tl.dot(of_up, tl.trans(v), up, input_precision=PRECISION)
+            acc = tl.dot(of_w, tl.trans(v), acc, input_precision=PRECISION)
     if X_FIRST:
-        acc, up = tl.trans(acc), tl.trans(up)
-    return acc, up
+        acc = tl.trans(acc)
+    return acc
 
 
 @triton.jit
@@ -190,11 +182,11 @@ def _stream(
     parts in their order, so that the sum does not depend on who is last."""
     tile, part = tl.program_id(0), tl.program_id(1)
     steps: tl.constexpr = ((K + BK - 1) // BK + SPLIT - 1) // SPLIT
+    ROWS: tl.constexpr = 2 * BN if GATED else BN
+    ALL: tl.constexpr = 2 * N if GATED else N
     first = part * steps * BK
     if AHEAD and EARLY and N % BN == 0:
-        _bring(w, tile * BN, first, K, BN, steps * BK)
-        if GATED:
-            _bring(w, N + tile * BN, first, K, BN, steps * BK)
+        _bring(w, tile * ROWS, first, K, ROWS, steps * BK)
     start_early(EARLY)
     dtype: tl.constexpr = y.dtype.element_ty
     m, n = tl.arange(0, BM), tile * BN + tl.arange(0, BN)
@@ -209,10 +201,14 @@ def _stream(
         added_soon = tl.load(residual + place, mask=live, other=0.0)
     if SCALED and SOON:
         gain_soon = tl.load(gain + n, mask=n < N, other=0.0)
-    acc, up = _sums(
-        x, w, tile * BN, first, M, steps, N, K, BM, BN, BK, GATED, X_FIRST, PRECISION, AHEAD, TALL,
+    acc = _sums(
+        x, w, tile * ROWS, first, M, steps, ALL, K, BM, ROWS, BK, X_FIRST, PRECISION, AHEAD, TALL,
         SPLIT * steps * BK == K,
     )  # fmt: skip
+    if NORM:
+        scale = tl.rsqrt(tl.sum(sums, 0) / K + eps)[None, :]
+    if GATED:  # in one part
+        acc = gated_pairs(acc * scale if NORM else acc, BN, BM, dtype)
     last = True
     if SPLIT > 1:
         # As the tensor cores leave it: nothing is turned around on its way out and in.
@@ -226,12 +222,8 @@ def _stream(
         if SPLIT > 1:
             acc = _added(mine, size, BN, BM, SPLIT)
             tl.store(arrived + tile, 0)
-        if NORM:
-            scale = tl.rsqrt(tl.sum(sums, 0) / K + eps)[None, :]
+        if NORM and not GATED:
             acc *= scale
-            up *= scale
-        if GATED:
-            acc = gated_by(acc, up, dtype)
         if HAS_BIAS:
             acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
         if RESIDUAL:
@@ -261,8 +253,8 @@ def stream(
     cut: Cut | None = None,
 ) -> tuple[Tensor, Scaled | None]:
     """[M, N] as the module's docstring says, and with ``norm`` (weight, eps) what the norm behind it needs. ``weight``
-    [N, K], with ``gated`` [2 N, K], gates first; with ``rotation`` that of q|k|v, and only q [M, H * d] comes back. All
-    contiguous, M <= ``most_rows``; ``fits`` says what is taken."""
+    [N, K], with ``gated`` [2 N, K], gates and ups in turn; with ``rotation`` that of q|k|v, and only q [M, H * d] comes
+    back. All contiguous, M <= ``most_rows``; ``fits`` says what is taken."""
     values = x.values if isinstance(x, Scaled) else x
     M, K = values.shape
     N = weight.shape[0] // (2 if gated else 1)
@@ -282,7 +274,7 @@ def stream(
     held = fetched(values)
     described = (
         TensorDescriptor(values, [held, K], [K, 1], [BM, cut.BK]),
-        TensorDescriptor.from_tensor(weight, [cut.BN, cut.BK]),
+        TensorDescriptor.from_tensor(weight, [cut.BN * (2 if gated else 1), cut.BK]),
     )
     _stream[(tiles, cut.split)](
         *((values, weight) if cut.ahead else described),

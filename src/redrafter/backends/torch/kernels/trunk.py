@@ -21,6 +21,7 @@ from redrafter.backends.torch.drafter import Drafter
 from redrafter.backends.torch.kernels.early import early, start_early
 from redrafter.backends.torch.kernels.matmul import MAX_ROWS, Norm, Workspace, few_rows
 from redrafter.backends.torch.kernels.norms import add_rms_norm
+from redrafter.backends.torch.kernels.rotate import interleaved
 from redrafter.backends.torch.kernels.stream import MAX_ROWS as STREAM_ROWS
 from redrafter.backends.torch.kernels.stream import fits, stream
 from redrafter.backends.torch.kernels.tall import tall
@@ -81,6 +82,15 @@ def _joined(*linears: Any) -> Tensor:
     return whole
 
 
+def _in_turn(gate: Any, up: Any) -> Tensor:
+    """The same with one row of each in turn."""
+    weights = torch.cat([linear.weight.detach() for linear in (gate, up)])
+    whole = interleaved(weights, len(weights))
+    for linear, part in zip((gate, up), (whole[0::2], whole[1::2]), strict=True):
+        linear.weight = torch.nn.Parameter(part, requires_grad=False)
+    return whole
+
+
 class LastContext:
     """``Drafter.context`` of every row's last pair, for a drafter with one trunk layer that attends."""
 
@@ -90,7 +100,7 @@ class LastContext:
         self._layer: Any = layer
         self._embedding = embedding_VD
         self._qkv = _joined(layer.q_proj, layer.k_proj, layer.v_proj)
-        self._gate_up = _joined(layer.gate_proj, layer.up_proj)
+        self._gate_up = _in_turn(layer.gate_proj, layer.up_proj)
         self._heads, self._kv_heads = config.trunk_heads, config.trunk_kv_heads
         self._width = config.width // config.trunk_heads
         self._ones = torch.ones(config.width, dtype=self._qkv.dtype, device=self._qkv.device)
