@@ -13,6 +13,7 @@ from redrafter.backends.protocol import PromptPart
 from redrafter.backends.torch.load import TorchBackend
 from redrafter.engine import Engine
 from redrafter.params import PLAIN, DecodeConfig, SamplingParams
+from redrafter.requests import Request
 from tests.tiny import VOCAB, ScriptedDrafter, make_backend, run, run_all, set_drafter
 from tests.traffic import Answer, Visit, play, random_visits
 
@@ -119,6 +120,19 @@ def test_no_step_is_launched_behind_one_that_is_likely_the_last(monkeypatch: pyt
     ids, statistics = run(Engine(backend, shape), PROMPT, params)
     # Five tokens each: the fourth fills the room, of which the third could not tell the host in time.
     assert ids == plain and statistics.steps == len(launched) == 4
+
+
+def test_a_step_is_expected_to_give_what_the_last_one_gave() -> None:
+    """In a loop that is more than the average."""
+    shape = DecodeConfig(beam_width=2, branching=2, draft_length=4, tree_size=9)
+    request = Request("a", [1], SamplingParams(), frozenset(), room=20, salt=None, added=0.0)
+    found = []
+    for tokens in ([1], [1], [1] * 9, [1]):
+        request.statistics.count_step(shape, len(tokens) - 1, 9, 20)
+        request.take(tokens)
+        found.append(request.likely_ends(True))
+    assert found == [False, False, True, False] and request.statistics.tokens_per_step == 3.0
+    assert not request.likely_ends(False)
 
 
 def test_an_ideal_drafter_fills_the_context_a_step_ahead() -> None:

@@ -148,10 +148,13 @@ class Request:
     pairs: int = 0
     """(features, next token) pairs known to lie in the drafter's trunk"""
     ended: bool = False
+    latest: int = 1
+    """tokens of the last step"""
 
     def likely_ends(self, speculative: bool) -> bool:
-        """Whether a step fills the request's room, if it gives as many tokens as those before it did."""
-        expected = max(1.0, self.statistics.tokens_per_step) if speculative else 1.0
+        """Whether a step fills the request's room, if it gives as many tokens as the last one did, or as those before
+        it on average."""
+        expected = max(self.latest, self.statistics.tokens_per_step) if speculative else 1.0
         return len(self.answer_ids) + expected >= self.room
 
     def take(self, tokens: Sequence[int]) -> tuple[list[int], str | None]:
@@ -170,6 +173,7 @@ class Request:
         if not self.answer_ids:
             self.statistics.first_token_seconds, self.statistics._first = self.statistics.seconds, len(kept)
         self.answer_ids.extend(kept)
+        self.latest = len(kept)
         self.statistics.answer_tokens = len(self.answer_ids)
         return kept, reason
 

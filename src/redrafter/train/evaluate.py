@@ -40,14 +40,14 @@ from redrafter.train.writing import Writer, WritingConfig, loops
 TREE_SIZES = (4, 8, 12, 16, 24, 32, 48, 64)
 SHAPES = (
     (4, 3, (8,)),
-    (4, 4, (8, 12)),
-    (4, 5, (12, 16)),
-    (4, 6, (16, 24)),
-    (4, 8, (32,)),
-    (8, 6, (48, 64)),
+    (4, 4, (12,)),
+    (4, 5, (16,)),
+    (4, 6, (24,)),
+    (8, 6, (32, 48)),
     (8, 8, (64,)),
 )
-"""Beam width, which is also the branching, draft length, tree sizes."""
+"""Beam width, which is also the branching, draft length, tree sizes: for every size the one that pays most somewhere.
+Each one more is recorded at start-up, tried now and then, and may be mistaken for the best."""
 
 
 class AnchorDrafter(TorchDrafter):

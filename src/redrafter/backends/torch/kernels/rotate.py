@@ -40,7 +40,7 @@ class Rotation(NamedTuple):
         """What ``rotate_write`` takes, and its sizes."""
         keys, values, slots = self.stored
         assert keys.stride() == values.stride() and self.cos.stride() == self.sin.stride()
-        assert self.cos.stride(2) == keys.stride(3) == slots.stride(1) == 1
+        assert self.cos.stride(2) == keys.stride(3) == slots.stride(1) == 1 and self.cos.shape[2] == keys.shape[3]
         cos_row = self.cos.stride(0) if len(self.cos) > 1 else 0
         strides = (slots.shape[1], cos_row, self.cos.stride(1), slots.stride(0), *keys.stride()[:3])
         return (self.cos, self.sin, slots, keys, values, *strides), self.heads(outputs)
