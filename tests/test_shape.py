@@ -93,10 +93,10 @@ def test_recorded_steps_are_timed_for_more_rows(
     shapes = shipped_shapes()
     timed = time_shapes(recording, shapes, most)
     everything = {PLAIN, *(c.config for c in shapes)}
-    assert sorted({t.rows for t in timed}) == rows and len(everything) == 12
+    assert sorted({t.rows for t in timed}) == rows and len(everything) == 8
     for count in rows:
         chosen = {t.config for t in timed if t.rows == count}
-        assert PLAIN in chosen and len(chosen) == (12 if count == 1 else 1 + shape.PROMISING)
+        assert PLAIN in chosen and len(chosen) == (8 if count == 1 else 1 + shape.PROMISING)
     assert seen == {(t.rows, t.config): 4 for t in timed}
     largest = max(everything, key=lambda c: c.tree_size)
     assert largest not in {t.config for t in timed if t.rows == 32}, "it does not pay for so many rows"
@@ -107,10 +107,10 @@ def test_recorded_steps_are_timed_for_more_rows(
     }
 
 
-def test_a_start_times_28_steps_for_32_rows(recording: TorchBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_times_24_steps_for_32_rows(recording: TorchBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shape, "_one_step", lambda *_: 1.0)
     monkeypatch.setattr(recording, "reserve", lambda *_: None)
-    assert len(time_shapes(recording, shipped_shapes(), 32)) == 28
+    assert len(time_shapes(recording, shipped_shapes(), 32)) == 24
 
 
 @pytest.mark.parametrize("most", [1, 5, 32])
@@ -135,7 +135,7 @@ def test_all_that_may_be_chosen_is_recorded_ahead(
             for temperature in (0.0, 1.0):
                 one_step(recording, policy.shapes[index], 0, rows, temperature)
     assert sum(map(len, graphs.values())) == before
-    assert len(policy.offered(1)) == 12
+    assert len(policy.offered(1)) == 8
     assert all(len(policy.offered(bucket_of(n))) == 1 + shape.PROMISING for n in range(2, most + 1))
 
 
