@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from redrafter.backends.torch.kernels.early import early, start_early
+from redrafter.backends.torch.kernels.matmul import gated_by
 from redrafter.backends.torch.kernels.rotate import Rotation, turned
 from redrafter.backends.torch.kernels.tall import tall
 
@@ -131,8 +132,7 @@ def _silu_mul(gate_up, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     x = tl.load(gate_up + row * 2 * WIDTH + both, mask=both < 2 * WIDTH, other=0.0).to(tl.float32)
     gate, up = tl.split(tl.reshape(x, (BLOCK, 2)))
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = _rounded(gate / (1.0 + tl.exp(-gate)), dtype)
-    tl.store(y + row * WIDTH + column, (gate * up).to(dtype), mask=column < WIDTH)
+    tl.store(y + row * WIDTH + column, gated_by(gate, up, dtype).to(dtype), mask=column < WIDTH)
 
 
 def silu_mul(gate_up_MF: Tensor) -> Tensor:
