@@ -53,6 +53,8 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._prefilling: list[Prefill] = []
         """between steps at most one, which is longer than a chunk"""
+        self._joined: list[Prefill] = []
+        """by this step"""
         self._running: list[Request] = []
         self._state: DecodeState | None = None
         self._flights: deque[Flight] = deque()
@@ -137,6 +139,7 @@ class Engine:
         self._running.clear()
         self._flights.clear()
         self._prefilling.clear()
+        self._joined.clear()
         self._state = None
 
     def step(self, arrive: Callable[[], None] | None = None) -> list[Event]:
@@ -148,6 +151,7 @@ class Engine:
             if arrive is not None:
                 arrive()
         launched = self._launch(alone=not read)
+        self._await_prompts()
         ahead = 1 if launched and self.backend.run_ahead else 0
         while len(self._flights) > ahead:
             self._land(self._flights.popleft())
@@ -194,6 +198,15 @@ class Engine:
             self._join(self._prefilling.pop(0))
         return sum(counts)
 
+    def _await_prompts(self) -> None:
+        """Wait until the prompts of this step are read: behind the launch of the step that follows them, so that the
+        device has no pause between."""
+        for task in [*self._joined, *self._prefilling]:
+            if task.read is not None:
+                task.read()
+                task.request.statistics.prefill_seconds = time.perf_counter() - task.started
+        self._joined.clear()
+
     def _reads_with(self, tasks: list[Prefill], request: Request, left: int) -> bool:
         """Whether a waiting prompt is read at once with these, which leave room for so many tokens."""
         if not self.backend.reads_together or len(request.prompt_ids) - 1 > left:
@@ -207,8 +220,7 @@ class Engine:
         texts = [(task.row, task.request.prompt_ids[:-1], task.request.cached, task.features) for task in tasks]
         try:
             found = backend.prefill_chunks([PromptPart(*text) for text in texts]) if texts else []
-            if texts and not self._flights:
-                backend.synchronize()
+            read = backend.mark() if texts and not self._flights else None
         except Exception as error:  # noqa: BLE001 - whatever it was, it was this request's, and the others go on
             if len(tasks) > 1:
                 for task in tasks:
@@ -219,6 +231,7 @@ class Engine:
             return
         for task, (features, cached) in zip(tasks, found, strict=True):
             task.features, task.request.cached, task.request.pairs = features, cached, cached - 1
+            task.read = read
 
     def _admit(self, request: Request) -> None:
         """Make room for the request and take what its prompt shares with a text in the cache."""
@@ -249,6 +262,7 @@ class Engine:
     def _join(self, task: Prefill) -> None:
         request, row, backend = task.request, len(self._running), self.backend
         request.statistics.prefill_seconds = time.perf_counter() - task.started
+        self._joined.append(task)
         self._prefixes.relocate(task.row, row, request.cached)
         features = backend.no_features() if task.features is None else task.features
         new = first_state(backend, PLAIN, features, request.prompt_ids[-1], len(request.prompt_ids) - 1)

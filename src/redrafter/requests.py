@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -203,6 +203,8 @@ class Prefill:
     started: float
     features: Array | None = None
     """of the last token read here"""
+    read: Callable[[], None] | None = None
+    """waits for the end of what was last read of it; None where that has come or a step's outcome would have to wait"""
 
     @property
     def left(self) -> int:

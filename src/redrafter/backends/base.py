@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -117,6 +117,14 @@ class BaseBackend:
     def array(self, values: Any) -> Array:
         """int64 array of nested lists."""
         raise AssertionError("a backend makes its own arrays")
+
+    def synchronize(self) -> None:
+        """Wait for the device; without a queue there is nothing to wait for."""
+
+    def mark(self) -> Callable[[], None] | None:
+        """Waits here and now: what is lazily computed would be computed with what comes after it."""
+        self.synchronize()
+        return None
 
     def floats(self, values: Any) -> Array:
         """float32 array of nested lists or of a numpy array."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from redrafter.algorithm.accept import Accepted
@@ -145,3 +145,6 @@ class Backend(Protocol):
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read afterwards means something."""
+
+    def mark(self) -> Callable[[], None] | None:
+        """What waits for all that the device was given so far, not for what it is given later; None: that is done."""

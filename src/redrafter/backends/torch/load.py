@@ -147,6 +147,13 @@ class TorchBackend(BaseBackend):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def mark(self) -> Callable[[], None] | None:
+        if self.device.type != "cuda":
+            return super().mark()
+        event = torch.cuda.Event()
+        event.record()
+        return event.synchronize
+
 
 @torch.no_grad()
 def bind(

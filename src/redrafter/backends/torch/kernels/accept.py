@@ -114,11 +114,18 @@ def _accept(
     FROM_KEYS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    start_early(EARLY)
     row = tl.program_id(0).to(tl.int64)
     start = row * NODES
     node = tl.arange(0, NODES_P)
     is_node = node < NODES
+    # The tree is older than the launch before.
+    node_depth = tl.load(depth + start + node, mask=is_node, other=-1)
+    above = tl.load(parent + start + node, mask=is_node, other=0)
+    token = tl.load(tokens + start + node, mask=is_node, other=-2)
+    alive = tl.load(live + start + node, mask=is_node, other=0)
+    inside = is_node[:, None] & is_node[None, :]
+    seen = tl.load(mask + (start + node[None, :]) * NODES + node[:, None], mask=inside, other=0)
+    start_early(EARLY)
     if FROM_KEYS:
         tile = tl.arange(0, TILES_P)[None, :]
         here = is_node[:, None] & (tile < tiles)
@@ -128,17 +135,10 @@ def _accept(
         tl.store(choice + start + node, key_index(best), mask=is_node)
         tl.store(choice_finite + start + node, is_finite.to(tl.int8), mask=is_node)
         tl.debug_barrier()  # a node reads its parent's choice, which another thread wrote
-    node_depth = tl.load(depth + start + node, mask=is_node, other=-1)
-    above = tl.load(parent + start + node, mask=is_node, other=0)
     wanted = tl.load(choice + start + above, mask=is_node, other=-1)
-    token = tl.load(tokens + start + node, mask=is_node, other=-2)
-    alive = tl.load(live + start + node, mask=is_node, other=0)
     match = ((token == wanted) & (alive != 0)) | (node_depth == 0)
 
     # [ancestor, node]: a node is on the path iff no ancestor, itself included, is other than the target's choice.
-    at = (start + node[None, :]) * NODES + node[:, None]
-    inside = is_node[:, None] & is_node[None, :]
-    seen = tl.load(mask + at, mask=inside, other=0)
     broken = tl.sum(((seen != 0) & (match == 0)[:, None]).to(tl.int32), axis=0)
     on_path = (broken == 0) & is_node
     count = tl.sum(on_path.to(tl.int32), axis=0) - 1

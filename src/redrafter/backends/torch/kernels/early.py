@@ -3,6 +3,10 @@
 A chain of small kernels loses about half a microsecond at every change (one H200, a plain step of SmolLM2-135M: 18.2 us
 per layer, 15.6 with this). It changes no number. Weights of up to 8 MB are read before the wait; with larger ones that
 is slower (one row of the 7B shape: 117 us per layer, 139 with it).
+
+A large product may start before its predecessor has ended only if it has no more programs than there are
+multiprocessors, each of which has room for one: else the first multiprocessors to be free take more than their share.
+It tells its own successor when its sums are done. Layer of the 7B shape, 64 nodes: 123.3 us, 120.9 with it.
 """
 
 from __future__ import annotations
@@ -15,6 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+MULTIPROCESSORS = 132
+"""Of an H100 or H200."""
 
 
 @triton.jit
@@ -35,3 +42,10 @@ def _hopper(device: torch.device) -> bool:
 def early(like: Tensor, pays: bool = True) -> dict[str, Any]:
     """Arguments of a launch whose kernel calls ``start_early(EARLY)``. Nothing below compute capability 9.0."""
     return {"EARLY": True, "launch_pdl": True} if pays and _hopper(like.device) else {"EARLY": False}
+
+
+def late(like: Tensor, programs: int) -> dict[str, Any]:
+    """The same for a kernel that waits ``if EARLY`` and tells its successor ``if LATE``, when its sums are done."""
+    if not _hopper(like.device):
+        return {"EARLY": False, "LATE": False}
+    return {"LATE": True, **early(like, programs <= MULTIPROCESSORS)}

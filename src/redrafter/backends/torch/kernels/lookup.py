@@ -26,7 +26,7 @@ def _find_chain(
     PAIRS: tl.constexpr, PAIRS_P: tl.constexpr, LENGTH: tl.constexpr, LENGTH_P: tl.constexpr,
     LEAST: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    start_early(EARLY)
+    # Nothing here is newer than the launch before the last one, and the text is no other kernel's.
     row = tl.program_id(0).to(tl.int64)
     start = tl.load(first + row)
     start = tl.where(start <= idle, slots - 1 - PAIRS, tl.maximum(start, 0))
@@ -56,6 +56,7 @@ def _find_chain(
     period = tl.where(equal > 0, end - position, 1)
     token = tl.load(mine + position + 1 + ahead % period, mask=ahead < LENGTH, other=0)
     unknown = tl.cumsum((token < 0).to(tl.int32), axis=0)
+    start_early(EARLY)
     sure = tl.where((equal > 0) & (unknown == 0), equal + ahead, 0).to(tl.float32)
     tl.store(chain + row * LENGTH + ahead, tl.maximum(token, 0), mask=ahead < LENGTH)
     tl.store(weight + row * LENGTH + ahead, sure / (sure + doubt), mask=ahead < LENGTH)
@@ -63,7 +64,8 @@ def _find_chain(
 
 def find_chain(reading: Reading, text_BS: Tensor, length: int) -> Chain:
     """The reading's tokens written into ``text`` (contiguous; at least as many rows), then its chain. A row that begins
-    before 0 begins at 0; an idle one (``graph.IDLE``) writes behind all texts."""
+    before 0 begins at 0; an idle one (``graph.IDLE``) writes behind all texts. The reading must have been written
+    before the launch before this one."""
     rows, pairs = reading.tokens.shape
     assert text_BS.is_contiguous() and rows <= len(text_BS) and pairs < text_BS.shape[1]
     assert reading.first.is_contiguous() and reading.count.is_contiguous()

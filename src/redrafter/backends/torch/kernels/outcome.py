@@ -17,27 +17,30 @@ def _pack_outcome(
     emitted, length, finite, tokens, parent, depth, live, packed,
     DEPTHS: tl.constexpr, NODES: tl.constexpr, DEPTHS_P: tl.constexpr, NODES_P: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    start_early(EARLY)
     row = tl.program_id(0).to(tl.int64)
-    to = packed + row * (DEPTHS + 2 * NODES + 5)
-    step = tl.arange(0, DEPTHS_P)
-    tl.store(to + step, tl.load(emitted + row * DEPTHS + step, mask=step < DEPTHS, other=0), mask=step < DEPTHS)
     node = tl.arange(0, NODES_P)
     real = node < NODES
     start = row * NODES
+    # The tree is older than the launch before.
     above = tl.load(parent + start + node, mask=real, other=-1)
-    tl.store(to + DEPTHS + node, tl.load(tokens + start + node, mask=real, other=0), mask=real)
-    tl.store(to + DEPTHS + NODES + node, above, mask=real)
+    token = tl.load(tokens + start + node, mask=real, other=0)
     alive = (tl.load(live + start + node, mask=real, other=0) != 0) & real
     level = tl.load(depth + start + node, mask=real, other=0)
     # A leaf is a live node that is no live node's parent; the root is its own parent, which does not count.
     child = (alive & (level > 0))[:, None] & (above[:, None] == node[None, :])
     leaf = alive & (tl.sum(child.to(tl.int32), axis=0) == 0)
+    unmerged = tl.sum(tl.where(leaf, level + 1, 0), axis=0)
+    start_early(EARLY)
+    to = packed + row * (DEPTHS + 2 * NODES + 5)
+    step = tl.arange(0, DEPTHS_P)
+    tl.store(to + step, tl.load(emitted + row * DEPTHS + step, mask=step < DEPTHS, other=0), mask=step < DEPTHS)
+    tl.store(to + DEPTHS + node, token, mask=real)
+    tl.store(to + DEPTHS + NODES + node, above, mask=real)
     rest = to + DEPTHS + 2 * NODES
     tl.store(rest, tl.load(length + row))
     tl.store(rest + 1, (tl.load(finite + row) != 0).to(tl.int64))
     tl.store(rest + 2, tl.sum(alive.to(tl.int64), axis=0))
-    tl.store(rest + 3, tl.sum(tl.where(leaf, level + 1, 0), axis=0))
+    tl.store(rest + 3, unmerged)
     tl.store(rest + 4, row * 0 + DEPTHS)
 
 

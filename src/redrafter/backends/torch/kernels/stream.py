@@ -25,9 +25,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from redrafter.backends.torch.kernels.early import early, start_early
+from redrafter.backends.torch.kernels.early import early, late, start_early
 from redrafter.backends.torch.kernels.matmul import Workspace, gated_pairs
 from redrafter.backends.torch.kernels.rotate import Rotation, rotate_write
 from redrafter.backends.torch.kernels.tall import block_rows, fetched, tall
@@ -62,6 +63,8 @@ class Cut(NamedTuple):
     x_first: bool = False
     ahead: bool = False
     """of small products: read by pointers, and weights are brought into the L2 cache before the launch before ends"""
+    late: bool = False
+    """of large products: the launch behind may start when the sums are done (``early.late``)"""
 
 
 def plan(M: int, N: int, K: int, gated: bool) -> Cut:
@@ -73,12 +76,12 @@ def plan(M: int, N: int, K: int, gated: bool) -> Cut:
     if N < 2048 and not gated:
         return Cut(32, 256, 4, 4, 4, x_first=not few)
     if gated:
-        return Cut(128, 128, 1, 4, 3) if few else Cut(64, 64, 1, 4, 4, x_first=True)
+        return Cut(128, 128, 1, 4, 3) if few else Cut(64, 64, 1, 4, 4, x_first=True, late=True)
     if N > 8192:
-        return Cut(64, 128, 1, 4, 4) if few else Cut(128, 128, 1, 8, 4, x_first=True)
+        return Cut(64, 128, 1, 4, 4) if few else Cut(128, 128, 1, 8, 4, x_first=True, late=True)
     if few:
         return Cut(64, 256, 1, 4, 4) if K <= 4096 else Cut(32, 256, 1, 4, 6)
-    return Cut(32, 256, 1, 4, 4, x_first=True)
+    return Cut(32, 256, 1, 4, 4, x_first=True, late=True)
 
 
 def _small_plan(M: int, K: int, gated: bool) -> Cut:
@@ -176,7 +179,8 @@ def _stream(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, TILES_P: tl.constexpr,
     NORM: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
-    PRECISION: tl.constexpr, X_FIRST: tl.constexpr, AHEAD: tl.constexpr, TALL: tl.constexpr, EARLY: tl.constexpr,
+    PRECISION: tl.constexpr, X_FIRST: tl.constexpr, AHEAD: tl.constexpr, TALL: tl.constexpr, LATE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program multiplies BN weight rows with all of x over one of SPLIT parts of K; the last one to arrive adds the
     parts in their order, so that the sum does not depend on who is last."""
@@ -187,7 +191,10 @@ def _stream(
     first = part * steps * BK
     if AHEAD and EARLY and N % BN == 0:
         _bring(w, tile * ROWS, first, K, ROWS, steps * BK)
-    start_early(EARLY)
+    if not LATE:
+        start_early(EARLY)
+    elif EARLY:
+        gdc_wait()
     dtype: tl.constexpr = y.dtype.element_ty
     m, n = tl.arange(0, BM), tile * BN + tl.arange(0, BN)
     if NORM:  # on its way while weights are multiplied
@@ -205,6 +212,8 @@ def _stream(
         x, w, tile * ROWS, first, M, steps, ALL, K, BM, ROWS, BK, X_FIRST, PRECISION, AHEAD, TALL,
         SPLIT * steps * BK == K,
     )  # fmt: skip
+    if LATE:
+        gdc_launch_dependents()
     if NORM:
         scale = tl.rsqrt(tl.sum(sums, 0) / K + eps)[None, :]
     if GATED:  # in one part
@@ -286,7 +295,7 @@ def stream(
         gated, bias_N is not None, residual_MN is not None, behind is not None,
         "ieee" if values.dtype == torch.float32 else "tf32", cut.x_first, cut.ahead, held == BM,
         num_warps=cut.warps, num_stages=cut.stages, enable_fp_fusion=False,
-        **early(y, weight.nbytes <= EARLY_BYTES),
+        **(late(y, tiles * cut.split) if cut.late else {"LATE": False, **early(y, weight.nbytes <= EARLY_BYTES)}),
     )  # fmt: skip
     return y, behind
 
