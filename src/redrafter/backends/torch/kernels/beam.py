@@ -153,15 +153,14 @@ def _tail(
 
 @triton.jit
 def _merge(
-    row, keys, log_sum_exp, token_ids, above, slot_above, follows, guess, share, chain_token, chain_share, chain_row,
+    row, keys, log_sum_exp, token_ids, parent_slot, parent_score, parent_follows, chain_token, chain_share, chain_row,
     pool_token, pool_parent, pool_depth, pool_score,
     out_beam, out_token, out_slot, out_score, out_follows, pool, offset, depth, tiles,
     BEAMS: tl.constexpr, CHILDREN: tl.constexpr, WIDTH: tl.constexpr, BEAMS_P: tl.constexpr, CHILDREN_P: tl.constexpr,
-    TILES_P: tl.constexpr, CANDIDATES_P: tl.constexpr, REDUCED: tl.constexpr, CHAIN: tl.constexpr,
+    TILES_P: tl.constexpr, CANDIDATES_P: tl.constexpr, REDUCED: tl.constexpr, ROOT: tl.constexpr, CHAIN: tl.constexpr,
     TAIL: tl.constexpr, TAIL_P: tl.constexpr, DEAD: tl.constexpr,
 ):  # fmt: skip
-    """Of one row: from the tiles' best keys and sums to the pool and the winners. ``above``, ``slot_above``,
-    ``follows``: this level's beams [BEAMS_P, 1]; ``guess``, ``share``: what was looked up for this depth."""
+    """Of one row: from the tiles' best keys and sums to the pool and the winners."""
     beam = tl.arange(0, BEAMS_P)[:, None]
     source = row * BEAMS + beam  # [BEAMS_P, 1]
     is_beam = beam < BEAMS
@@ -171,21 +170,31 @@ def _merge(
     )  # fmt: skip
     child = tl.arange(0, CHILDREN_P)[None, :]
     exists = is_beam & (child < CHILDREN)
+    above = tl.zeros([BEAMS_P, 1], tl.float32)
+    slot_above = tl.full([BEAMS_P, CHILDREN_P], -1, tl.int64)
+    if not ROOT:
+        above += tl.load(parent_score + source, mask=is_beam, other=0.0)
+        slot_above += tl.load(parent_slot + source, mask=is_beam, other=0) + 1
     token = key_index(best)
     if REDUCED:
         token = tl.load(token_ids + token, mask=exists, other=0)
     weight = key_value(best) - log_total
     if CHAIN:
-        share += tl.zeros([BEAMS_P, 1], tl.float32)
-        uses = is_beam & (follows != 0) & (share > 0)
-        token, weight, hit = _mixed(token, weight, guess, share, uses, exists, child == CHILDREN - 1)
+        follows = is_beam
+        if not ROOT:
+            follows = tl.load(parent_follows + source, mask=is_beam, other=0) != 0
+        place = row * chain_row + depth - 1
+        share = tl.load(chain_share + place) + tl.zeros([BEAMS_P, 1], tl.float32)
+        token, weight, hit = _mixed(
+            token, weight, tl.load(chain_token + place), share, follows & (share > 0), exists, child == CHILDREN - 1
+        )
     # Neither rounding nor NaN may lift a child over its parent (algorithm/beam.py).
     score = weight + above
     score = tl.where(score <= above, score, above)
     place = beam * CHILDREN + child
     at = row * pool + offset + place
     tl.store(pool_token + at, token, mask=exists)
-    tl.store(pool_parent + at, slot_above + tl.zeros([BEAMS_P, CHILDREN_P], tl.int64), mask=exists)
+    tl.store(pool_parent + at, slot_above, mask=exists)
     tl.store(pool_depth + at, tl.zeros([BEAMS_P, CHILDREN_P], tl.int64) + depth, mask=exists)
     tl.store(pool_score + at, score, mask=exists)
     if TAIL > 0:
@@ -219,33 +228,21 @@ def _beam_level(
     TILES_P: tl.constexpr, CANDIDATES_P: tl.constexpr, REDUCED: tl.constexpr, ROOT: tl.constexpr, CHAIN: tl.constexpr,
     TAIL: tl.constexpr, TAIL_P: tl.constexpr, DEAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    beam = tl.program_id(0).to(tl.int64)
-    row = beam // BEAMS
-    above, slot_above, follows = 0.0, -1, 1
-    guess, share = 0, 0.0
-    # The level above and what was looked up are older than the launch before.
-    mine = tl.arange(0, BEAMS_P)[:, None]
-    if not ROOT:
-        above = tl.load(parent_score + row * BEAMS + mine, mask=mine < BEAMS, other=0.0)
-        slot_above = tl.load(parent_slot + row * BEAMS + mine, mask=mine < BEAMS, other=0)
-    if CHAIN:
-        guess = tl.load(chain_token + row * chain_row + depth - 1)
-        share = tl.load(chain_share + row * chain_row + depth - 1)
-        if not ROOT:
-            follows = tl.load(parent_follows + row * BEAMS + mine, mask=mine < BEAMS, other=0)
     start_early(EARLY)
+    beam = tl.program_id(0).to(tl.int64)
     scan(
         beam, tl.program_id(1), logits, noise, inverse_temperature, token_ids, keys, log_sum_exp,
         vocabulary, row_stride, noise_stride, BEAMS, tiles, CHILDREN, PADDED, BLOCK, COUPLED, REDUCED,
     )  # fmt: skip
+    row = beam // BEAMS
     tl.debug_barrier()  # every thread's results lie in memory before this program says so
     if tl.atomic_add(arrived + row, 1, sem="acq_rel") == BEAMS * tiles - 1:
         tl.store(arrived + row, 0)
         _merge(
-            row, keys, log_sum_exp, token_ids, above, slot_above, follows, guess, share, chain_token, chain_share,
+            row, keys, log_sum_exp, token_ids, parent_slot, parent_score, parent_follows, chain_token, chain_share,
             chain_row, pool_token, pool_parent, pool_depth, pool_score,
             out_beam, out_token, out_slot, out_score, out_follows, pool, offset, depth, tiles,
-            BEAMS, CHILDREN, WIDTH, BEAMS_P, CHILDREN_P, TILES_P, CANDIDATES_P, REDUCED, CHAIN,
+            BEAMS, CHILDREN, WIDTH, BEAMS_P, CHILDREN_P, TILES_P, CANDIDATES_P, REDUCED, ROOT, CHAIN,
             TAIL, TAIL_P, DEAD,
         )  # fmt: skip
 
@@ -261,8 +258,7 @@ def beam_level(
     looked_up: LookedUp | None = None,
 ) -> Winners:
     """Fill ``pool`` at ``level`` and pick the beams that go on. ``before``: this level's beams, None at the root.
-    ``arrived_B`` int32: zeros, and zeros again afterwards. ``before`` and ``looked_up`` must have been written before
-    the launch before this one."""
+    ``arrived_B`` int32: zeros, and zeros again afterwards."""
     rows, beams, vocabulary = logits_BWV.shape
     chain, tail = looked_up or (None, 0)
     logits_RV = logits_BWV.reshape(rows * beams, vocabulary)
