@@ -57,6 +57,14 @@ def test_attention_compiles(done: list[str], dtype: torch.dtype, nodes: int, wid
     assert done == ["_tree_attention"]
 
 
+def test_attention_of_a_large_tile_over_a_short_text_compiles(done: list[str]) -> None:
+    q, k = (torch.zeros(1, 32, n, 128, dtype=torch.bfloat16) for n in (64, 900))
+    assert attention.plan_attention(q, k).spread
+    words, length = torch.zeros(1, 64, 2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    attention.tree_attention(q, k, k, length, words, 0.1)
+    assert done == ["_tree_attention"]
+
+
 def test_cache_and_norms_compile(done: list[str]) -> None:
     cache = commit.KernelCache(2, 2, 64, torch.bfloat16, torch.device("cpu"))
     cache.reserve(2, 100)
@@ -82,6 +90,7 @@ def test_streams_and_early_starts_compile(done: list[str], monkeypatch: pytest.M
     stream.stream(many, weight[:2048], weight[0], residual_MN=many, norm=(x[0], 1e-5), workspace=rooms)
     stream.stream(n, weight, rotation=rotation(64, 8, 128), workspace=rooms)
     assert done == ["_gemv", "_scaled", "_stream", "_stream", "_stream"]
+    assert all(stream.plan(64, n, 2048, gated).late for n, gated in ((2048, True), (2048, False)))
 
 
 @pytest.mark.parametrize("rows", [1, 16, 32, 64])

@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.kernels.twins import random
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be tested")
-from redrafter.backends.torch.kernels.attention import ancestor_words, plan_attention, tree_attention
+from redrafter.backends.torch.kernels.attention import AttentionPlan, ancestor_words, plan_attention, tree_attention
 
 
 def random_masks(rows: int, nodes: int, seed: int = 0) -> Tensor:
@@ -70,6 +70,57 @@ def test_attention(case: tuple, dtype: torch.dtype, tolerance: float, device: to
     assert got.is_contiguous() and got.dtype == dtype
     expected = eager(q.cpu(), k.cpu(), v.cpu(), visible, width**-0.5, softcap)
     torch.testing.assert_close(got.cpu().double(), expected, rtol=0, atol=tolerance)
+
+
+SHARING = AttentionPlan(64, 64, 4, 1, 4, 3, 16)
+
+
+@pytest.mark.parametrize(
+    ("plan", "slots", "nodes"),
+    [
+        (SHARING, 300, 40),  # a short text: the four programs of a tile share its rows
+        (SHARING, 1200, 64),  # a long one: they share its slots
+        (SHARING, 1023, 17),  # rows of the same launch may be either
+        (AttentionPlan(64, 64, 2, 2, 4, 3, 32), 300, 100),
+    ],
+    ids=str,
+)
+def test_programs_share_rows_over_short_texts_and_slots_over_long_ones(
+    plan: AttentionPlan, slots: int, nodes: int, device: torch.device
+) -> None:
+    q = random(2, 2, nodes, 128, seed=1)
+    k, v = (random(2, 1, slots, 128, seed=s) for s in (2, 3))
+    lengths, mask = torch.tensor([slots - nodes, 57]), random_masks(2, nodes)
+    visible = visible_slots(mask, lengths, slots)
+    unused = ~visible.any(1)[:, None].expand(2, 1, slots)
+    k[unused], v[unused] = float("nan"), float("nan")
+    q, k, v = (x.to(device, torch.float16) for x in (q, k, v))
+    plan = plan._replace(tiles=-(-2 * nodes // plan.tile_rows))  # two heads per KV head
+    got = tree_attention(q, k, v, lengths.to(device), ancestor_words(mask.to(device)), 0.1, plan=plan)
+    expected = eager(q.cpu(), k.cpu(), v.cpu(), visible, 0.1, None)
+    torch.testing.assert_close(got.cpu().double(), expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "nodes", "width", "plan"),
+    [
+        (32, 32, 1, 128, AttentionPlan(16, 64, 4, 1, 4, 2)),
+        (32, 32, 16, 128, AttentionPlan(16, 64, 4, 1, 4, 3)),
+        (32, 32, 32, 128, AttentionPlan(16, 64, 2, 2, 4, 3)),
+        (32, 32, 64, 128, SHARING),
+        (32, 8, 64, 128, SHARING._replace(tiles=4)),
+        (9, 3, 48, 64, AttentionPlan(16, 128, 4, 9, 4, 2)),
+    ],
+)
+def test_there_is_about_one_program_per_multiprocessor(
+    heads: int, kv_heads: int, nodes: int, width: int, plan: AttentionPlan
+) -> None:
+    """As measured on one H200: one text of the shapes of Llama-2-7B, Llama-3-8B and SmolLM2-135M."""
+    q, k = torch.empty(1, heads, nodes, width), torch.empty(1, kv_heads, 2048, width, dtype=torch.bfloat16)
+    assert plan_attention(q, k) == plan
+    assert 96 <= kv_heads * plan.parts * plan.tiles <= 192
+    exact = [plan_attention(q[:, :, :n], k.float()) for n in (1, nodes)]
+    assert exact[0]._replace(tiles=1) == exact[1]._replace(tiles=1), "float32 adds in the same order"
 
 
 def numpy_multiplies_rows_alike() -> bool:

@@ -235,7 +235,7 @@ def plan_attention(query_BHNd: Tensor, keys_BHSd: Tensor) -> AttentionPlan:
     shared = not exact and padded in (64, 128) and parts > 1 and tile // parts >= 16
     # Heads of 128: where a text has one program per tile, 8 warps take 2 to 3 us of 12 less than 4, unless programs
     # queue: 12 to 28 us of a layer more. A third stage gains, but one node of one text loses 6 us.
-    wide = padded == 128 and texts <= MANY_HEADS
+    wide = not exact and padded == 128 and texts <= MANY_HEADS
     warps = 8 if exact or padded > 128 or (wide and parts == 1) else 4
     stages = 3 if shared or (wide and nodes > 1) else 2
     return AttentionPlan(tile, block, parts, tiles, warps, stages, tile // parts if shared else 0)
