@@ -11,9 +11,9 @@ import numpy as np
 
 from redrafter.params import PLAIN, DecodeConfig
 
-HYSTERESIS = 0.02
-"""A shape must promise so much more than the one in use, or at first than one whose step is shorter: what a step takes
-is known, what it gives a forecast."""
+HYSTERESIS, ALIKE = 0.025, 0.015
+"""A shape must promise so much more than the one in use. Of those that promise hardly less than the best, the one whose
+step is shortest is used: what a step takes is known, what it gives a forecast."""
 PROBE_EVERY = 64
 """Steps from one try of another shape, for two steps, to the next: 3 % of them."""
 FIRST_PROBE = 16
@@ -118,8 +118,6 @@ class Adaptive:
 
     def __init__(self, timed: Sequence[Timed]) -> None:
         ranked = sorted((t for t in timed if t.rows == 1), key=lambda t: -t.tokens_per_second)
-        usual = _shortest_of_best([t.tokens_per_second for t in ranked], [t.step_seconds for t in ranked])
-        ranked.insert(0, ranked.pop(usual))
         self.shapes = tuple(t.config for t in ranked)
         self._plain = self.shapes.index(PLAIN)
         self._costs = _Costs(self.shapes, [t.step_seconds for t in ranked])
@@ -147,11 +145,16 @@ class Adaptive:
         allowed = self.offered(bucket)
         rates = [t / s * (i in allowed) for i, (t, s) in enumerate(zip(tokens, seconds, strict=True))]
         best = max(range(len(rates)), key=rates.__getitem__)
-        current = self._current[bucket] if bucket in self._current else _shortest_of_best(rates, seconds)
-        if rates[best] > rates[current] * (1 + HYSTERESIS):
+        good = best
+        if best != self._plain:
+            alike = [i for i, r in enumerate(rates) if r * (1 + ALIKE) >= rates[best] and i != self._plain]
+            good = min(alike, key=seconds.__getitem__)
+        current = self._current.get(bucket, good)
+        shorter = self._plain not in (good, current) and seconds[good] < seconds[current]
+        if shorter or rates[best] > rates[current] * (1 + HYSTERESIS):
             if current == self._plain:  # speculation is back: look again soon should it end again
                 self._pause = PLAIN_PROBE_EVERY
-            current = best
+            current = good
         self._current[bucket] = current
         if not self._burst and self._steps >= self._next_probe:
             self._plan_probe(bucket, current, rates)
@@ -213,12 +216,6 @@ class Adaptive:
             Forecast(bucket, config, seconds[i], tokens, self._costs.observed(bucket, i), i == current)
             for i, (config, tokens) in enumerate(zip(self.shapes, self._yields.tokens, strict=True))
         ]
-
-
-def _shortest_of_best(rates: Sequence[float], seconds: Sequence[float]) -> int:
-    """Of the shapes that promise the most or hardly less, the one whose step is shortest."""
-    good = [i for i, rate in enumerate(rates) if rate * (1 + HYSTERESIS) >= max(rates)]
-    return min(good, key=seconds.__getitem__)
 
 
 def bucket_of(rows: int) -> int:
