@@ -11,8 +11,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(p for folder in ("src", "tests", "benchmarks", "docs") for p in (ROOT / folder).rglob("*.py"))
 FILE, FUNCTION, ALGORITHM = 400, 60, 750
-LONGER = {"_tree_attention": 70}
-"""Functions that may be longer. A Triton kernel that is cut in two pays for it or is no easier to read."""
 
 
 def lines(path: Path) -> int:
@@ -34,8 +32,7 @@ def test_files() -> None:
 
 def test_functions() -> None:
     found = [(p.name, name, n) for p in SOURCES for name, n in functions(p.read_text(encoding="utf-8"))]
-    assert [f for f in found if f[2] > LONGER.get(f[1], FUNCTION)] == []
-    assert set(LONGER) <= {name for _, name, n in found if n > FUNCTION}, "an exception that nobody needs"
+    assert [f for f in found if f[2] > FUNCTION] == []
 
 
 def test_the_algorithm() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from typing import Any
 
 import pytest
@@ -70,6 +71,24 @@ def test_the_clock_of_a_request(backend: TorchBackend) -> None:
     assert 0 <= first.queue_seconds < first.seconds <= second.queue_seconds + 1e-3
     for s in (first, second):
         assert 0 < s.prefill_seconds < s.queue_seconds + s.prefill_seconds < s.first_token_seconds < s.seconds
+
+
+def test_a_prompt_is_awaited_behind_the_launch_of_its_first_step(
+    backend: TorchBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device has its next work before the host waits for what it is doing."""
+    done: list[str] = []
+    read, step = backend.prefill_chunks, backend.step
+    backend.run_ahead = True
+    monkeypatch.setattr(backend, "prefill_chunks", lambda *a: (done.append("prompt"), read(*a))[1])
+    monkeypatch.setattr(backend, "mark", lambda: lambda: (time.sleep(0.02), done.append("awaited")))
+    monkeypatch.setattr(backend, "step", lambda *a: (done.append("step"), step(*a))[1])
+    engine = Engine(backend, PLAIN)
+    engine.add("a", PROMPT, SamplingParams(max_new_tokens=2))
+    engine.step()
+    assert done == ["prompt", "step", "awaited"]
+    events = [event for _ in range(3) for event in engine.step()]
+    assert 0.02 <= events[-1].statistics.prefill_seconds < events[-1].statistics.first_token_seconds
 
 
 @pytest.mark.parametrize("run_ahead", [False, True])

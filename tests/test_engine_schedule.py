@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -106,23 +105,6 @@ def test_a_step_ahead_is_launched_before_the_last_is_read(ahead: TorchBackend, m
         engine.step()
     # The fourth step surely ends the request: no fifth is launched for nothing.
     assert done == ["step", "step", "read", "step", "read", "step", "read", "read"]
-
-
-def test_a_prompt_is_awaited_behind_the_launch_of_its_first_step(
-    ahead: TorchBackend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The device has its next work before the host waits for what it is doing."""
-    done: list[str] = []
-    read, step = ahead.prefill_chunks, ahead.step
-    monkeypatch.setattr(ahead, "prefill_chunks", lambda *a: (done.append("prompt"), read(*a))[1])
-    monkeypatch.setattr(ahead, "mark", lambda: lambda: (time.sleep(0.02), done.append("awaited")))
-    monkeypatch.setattr(ahead, "step", lambda *a: (done.append("step"), step(*a))[1])
-    engine = Engine(ahead, PLAIN)
-    engine.add("a", PROMPT, SamplingParams(max_new_tokens=2))
-    engine.step()
-    assert done == ["prompt", "step", "awaited"]
-    last = [event for _ in iter(lambda: engine.has_work, False) for event in engine.step()][-1].statistics
-    assert 0.02 <= last.prefill_seconds < last.first_token_seconds
 
 
 def test_no_step_is_launched_behind_one_that_is_likely_the_last(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,12 +25,20 @@ MULTIPROCESSORS = 132
 
 
 @triton.jit
-def start_early(EARLY: tl.constexpr):
+def start_early(EARLY: tl.constexpr, LATE: tl.constexpr = False):
     """Everything that the predecessor wrote is visible afterwards, and the successor may be launched. (The other way
     round a whole chain would be launched and wait on the multiprocessors.) Before it a kernel may read only what is
     older than the predecessor's launch, as weights are, and write nothing."""
     if EARLY:
         gdc_wait()
+    if EARLY and not LATE:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def tell(LATE: tl.constexpr):
+    """The successor may be launched."""
+    if LATE:
         gdc_launch_dependents()
 
 
@@ -45,7 +53,7 @@ def early(like: Tensor, pays: bool = True) -> dict[str, Any]:
 
 
 def late(like: Tensor, programs: int) -> dict[str, Any]:
-    """The same for a kernel that waits ``if EARLY`` and tells its successor ``if LATE``, when its sums are done."""
+    """The same for a kernel that calls ``start_early(EARLY, LATE)``, and ``tell(LATE)`` when its sums are done."""
     if not _hopper(like.device):
         return {"EARLY": False, "LATE": False}
     return {"LATE": True, **early(like, programs <= MULTIPROCESSORS)}

@@ -25,10 +25,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from redrafter.backends.torch.kernels.early import early, late, start_early
+from redrafter.backends.torch.kernels.early import early, late, start_early, tell
 from redrafter.backends.torch.kernels.matmul import Workspace, gated_pairs
 from redrafter.backends.torch.kernels.rotate import Rotation, rotate_write
 from redrafter.backends.torch.kernels.tall import block_rows, fetched, tall
@@ -136,7 +135,7 @@ def _block_of(
 def _sums(
     x, w, row, first, M, steps: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, X_FIRST: tl.constexpr, PRECISION: tl.constexpr, POINTERS: tl.constexpr,
-    TALL: tl.constexpr, FIT: tl.constexpr,
+    TALL: tl.constexpr, FIT: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """[BN, BM]: BN weight rows of N from ``row`` on times x over ``steps`` blocks from ``first`` on."""
     acc = tl.zeros((BM, BN) if X_FIRST else (BN, BM), tl.float32)
@@ -148,6 +147,7 @@ def _sums(
             acc = tl.dot(v, tl.trans(of_w), acc, input_precision=PRECISION)
         else:
             acc = tl.dot(of_w, tl.trans(v), acc, input_precision=PRECISION)
+    tell(LATE)
     if X_FIRST:
         acc = tl.trans(acc)
     return acc
@@ -177,10 +177,9 @@ def _added(mine, size, BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr):
 def _stream(
     x, w, squares, bias, residual, gain, y, scaled, squares_out, partial, arrived, rotation, M, tiles, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, TILES_P: tl.constexpr,
-    NORM: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
-    PRECISION: tl.constexpr, X_FIRST: tl.constexpr, AHEAD: tl.constexpr, TALL: tl.constexpr, LATE: tl.constexpr,
-    EARLY: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, TILES: tl.constexpr, NORM: tl.constexpr,
+    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    X_FIRST: tl.constexpr, AHEAD: tl.constexpr, TALL: tl.constexpr, LATE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program multiplies BN weight rows with all of x over one of SPLIT parts of K; the last one to arrive adds the
     parts in their order, so that the sum does not depend on who is last."""
@@ -191,14 +190,11 @@ def _stream(
     first = part * steps * BK
     if AHEAD and EARLY and N % BN == 0:
         _bring(w, tile * ROWS, first, K, ROWS, steps * BK)
-    if not LATE:
-        start_early(EARLY)
-    elif EARLY:
-        gdc_wait()
+    start_early(EARLY, LATE)
     dtype: tl.constexpr = y.dtype.element_ty
     m, n = tl.arange(0, BM), tile * BN + tl.arange(0, BN)
     if NORM:  # on its way while weights are multiplied
-        t = tl.arange(0, TILES_P)
+        t = tl.arange(0, TILES)
         read = (t < tiles)[:, None] & (m < M)[None, :]
         sums = tl.load(squares + t[:, None] * M + m[None, :], mask=read, other=0.0)
     place = n.to(tl.int64)[:, None] + m[None, :] * N
@@ -210,10 +206,8 @@ def _stream(
         gain_soon = tl.load(gain + n, mask=n < N, other=0.0)
     acc = _sums(
         x, w, tile * ROWS, first, M, steps, ALL, K, BM, ROWS, BK, X_FIRST, PRECISION, AHEAD, TALL,
-        SPLIT * steps * BK == K,
+        SPLIT * steps * BK == K, LATE,
     )  # fmt: skip
-    if LATE:
-        gdc_launch_dependents()
     if NORM:
         scale = tl.rsqrt(tl.sum(sums, 0) / K + eps)[None, :]
     if GATED:  # in one part
