@@ -1,12 +1,12 @@
 """Time of decoder layers by how many nodes go through them, with random weights: no model is needed, and a minute.
 
     python benchmarks/gpu/layers.py --shape llama-2-7b --nodes 1 16 32 48 64
-    python benchmarks/gpu/layers.py --nodes 64 --cut 22016,4096=64,128,1,4,3,1 --cut 4096,11008=32,128,1,4,6,1
+    python benchmarks/gpu/layers.py --nodes 64 --cut 22016,4096=64,128,1,4,3,1,0,1 --cut 4096,11008=32,128,1,4,6,1
 
 A chain of layers, each with its own weights, runs in one CUDA graph over a text of ``--text`` tokens; graphs take
 turns, and medians are shown. ``--cut`` tries another ``stream.Cut`` for the product with a weight of that size (gates
-and ups are one weight): block of outputs, of inputs, parts, warps, stages, x first, ahead. A kernel that is faster
-alone may be slower among others, so this comes after ``cuts.py`` and before a campaign.
+and ups are one weight): block of outputs, of inputs, parts, warps, stages, x first, ahead, late. A kernel that is
+faster alone may be slower among others, so this comes after ``cuts.py`` and before a campaign.
 """
 
 from __future__ import annotations

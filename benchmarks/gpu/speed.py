@@ -168,12 +168,17 @@ def _plain(row: Any) -> Any:
     return row._asdict() | {"config": dataclasses.asdict(row.config)} if hasattr(row, "_asdict") else row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_subject(parser: argparse.ArgumentParser) -> None:
+    """Arguments: what is measured, and on which prompts."""
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--drafter", default="auto")
     parser.add_argument("--questions", type=Path, required=True)
     parser.add_argument("--category", default="mt_bench")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_subject(parser)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--prefix", default="")
     parser.add_argument("--stage", action="append", choices=list(STAGES), required=True)

@@ -106,18 +106,15 @@ def traced(function: Callable[[], Any]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    from speed import SHAPE, Campaign, add_subject  # beside this script
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--drafter", default="auto")
-    parser.add_argument("--questions", type=Path, required=True)
-    parser.add_argument("--category", default="mt_bench")
+    add_subject(parser)
     parser.add_argument("--stage", choices=["small", "7b", "1.5b"], default="small")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--pauses", action="store_true", help="all the device did, in order, and the host's long calls")
     parser.set_defaults(device="cuda", dtype="bfloat16", max_context=1024, max_batch=1)
     args = parser.parse_args()
-    from speed import SHAPE, Campaign
-
     from redrafter.bench.prompts import load_prompts, select
     from redrafter.engine import Engine
     from redrafter.llm import LLM

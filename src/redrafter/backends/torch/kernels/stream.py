@@ -177,9 +177,10 @@ def _added(mine, size, BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr):
 def _stream(
     x, w, squares, bias, residual, gain, y, scaled, squares_out, partial, arrived, rotation, M, tiles, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, TILES: tl.constexpr, NORM: tl.constexpr,
-    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
-    X_FIRST: tl.constexpr, AHEAD: tl.constexpr, TALL: tl.constexpr, LATE: tl.constexpr, EARLY: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, TILES_P: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
+    PRECISION: tl.constexpr, X_FIRST: tl.constexpr, AHEAD: tl.constexpr, TALL: tl.constexpr, LATE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program multiplies BN weight rows with all of x over one of SPLIT parts of K; the last one to arrive adds the
     parts in their order, so that the sum does not depend on who is last."""
@@ -194,7 +195,7 @@ def _stream(
     dtype: tl.constexpr = y.dtype.element_ty
     m, n = tl.arange(0, BM), tile * BN + tl.arange(0, BN)
     if NORM:  # on its way while weights are multiplied
-        t = tl.arange(0, TILES)
+        t = tl.arange(0, TILES_P)
         read = (t < tiles)[:, None] & (m < M)[None, :]
         sums = tl.load(squares + t[:, None] * M + m[None, :], mask=read, other=0.0)
     place = n.to(tl.int64)[:, None] + m[None, :] * N
