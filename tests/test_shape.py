@@ -39,7 +39,7 @@ def shipped_shapes() -> list[Candidate]:
 def with_times(monkeypatch: pytest.MonkeyPatch, seconds: dict[int, list[float]]) -> None:
     """Step times by tree size, one per round."""
     rounds = {size: iter(times) for size, times in seconds.items()}
-    monkeypatch.setattr(shape, "_one_step", lambda backend, config, length, rows: next(rounds[config.tree_size]))
+    monkeypatch.setattr(shape, "_step_seconds", lambda backend, config, length, rows: next(rounds[config.tree_size]))
 
 
 def test_the_median_counts_and_the_first_round_warms_up(backend: TorchBackend, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +88,7 @@ def test_recorded_steps_are_timed_for_more_rows(
         seen[rows, config] += 1
         return 1.0 + 0.01 * max(0, rows * config.tree_size - 64)
 
-    monkeypatch.setattr(shape, "_one_step", one_step)
+    monkeypatch.setattr(shape, "_step_seconds", one_step)
     monkeypatch.setattr(recording, "reserve", lambda *_: None)
     shapes = shipped_shapes()
     timed = time_shapes(recording, shapes, most)
@@ -108,7 +108,7 @@ def test_recorded_steps_are_timed_for_more_rows(
 
 
 def test_a_start_times_24_steps_for_32_rows(recording: TorchBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shape, "_one_step", lambda *_: 1.0)
+    monkeypatch.setattr(shape, "_step_seconds", lambda *_: 1.0)
     monkeypatch.setattr(recording, "reserve", lambda *_: None)
     assert len(time_shapes(recording, shipped_shapes(), 32)) == 24
 
@@ -126,7 +126,7 @@ def test_all_that_may_be_chosen_is_recorded_ahead(
             known.append(size_for(rows, most))
         return 1.0 + 0.01 * max(0, rows * config.tree_size - 64)
 
-    monkeypatch.setattr(shape, "_one_step", one_step)
+    monkeypatch.setattr(shape, "_step_seconds", one_step)
     monkeypatch.setattr(recording, "reserve", lambda *_: None)
     policy = shape.adaptive(recording, shipped_shapes(), most)
     before = sum(map(len, graphs.values()))
@@ -154,8 +154,45 @@ def test_a_real_sampled_step_is_taken_ahead(recording: TorchBackend, monkeypatch
     }
 
 
+def test_every_change_of_shape_is_made_ahead(recording: TorchBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first shape to each other one: one that reads less at once has the drafter catch up."""
+    seen, caught_up = [], []
+    step, catch_up = recording.step, recording.catch_up
+
+    def watched(state: Any, config: DecodeConfig) -> Any:
+        seen.append(config)
+        return step(state, config)
+
+    def watched_catch_up(reading: Any) -> None:
+        caught_up.append(reading.tokens.shape[1])
+        catch_up(reading)
+
+    monkeypatch.setattr(recording, "step", watched)
+    monkeypatch.setattr(recording, "catch_up", watched_catch_up)
+    monkeypatch.setattr(shape, "_step_seconds", lambda *_: 1.0)
+    policy = shape.adaptive(recording, [Candidate(SMALL, 2.0), Candidate(LARGE, 3.0)])
+    assert policy.shapes[0] == LARGE
+    assert seen == [LARGE, SMALL, LARGE, PLAIN]
+    assert caught_up == [LARGE.deepest + 1]
+
+
+def test_a_time_taken_ahead_of_the_outcome_is_that_of_one_step(
+    backend: TorchBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where steps are launched before the outcome of the one before is read: of five in a row four count."""
+    monkeypatch.setattr(backend, "run_ahead", True)
+    read, reads, steps = backend.read, [], []
+    step = backend.step
+    monkeypatch.setattr(backend, "step", lambda *args: (steps.append(len(reads)), step(*args))[1])
+    monkeypatch.setattr(backend, "read", lambda handle: (reads.append(0), read(handle))[1])
+    monkeypatch.setattr(shape.time, "perf_counter", lambda: float(8 * len(reads)))
+    backend.reserve(1, 300)
+    assert shape._step_seconds(backend, SMALL, 10, 1) == 8.0
+    assert steps == [0, 0, 1, 2, 3] and len(reads) == 5
+
+
 def test_without_recording_one_row_is_enough(backend: TorchBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shape, "_one_step", lambda *_: 1.0)
+    monkeypatch.setattr(shape, "_step_seconds", lambda *_: 1.0)
     assert {t.rows for t in time_shapes(backend, [Candidate(SMALL, 2.0)], 32)} == {1}
 
 
@@ -208,6 +245,42 @@ def test_the_engine_tells_what_a_step_took(backend: TorchBackend, monkeypatch: p
     policy = Listening(SMALL)
     run_all(Engine(backend, policy), PROMPTS[:1], [SamplingParams(max_new_tokens=8, ignore_eos=True)])
     assert len(policy.seconds) > 2 and min(policy.seconds[1:]) >= 0.01
+
+
+class Changing(Fixed):
+    def __init__(self, turns: Sequence[DecodeConfig]) -> None:
+        super().__init__(SMALL)
+        self.shapes, self._next = (SMALL, LARGE), iter(turns)
+        self.told: list[bool] = []
+
+    def choose(self, rows: int) -> DecodeConfig:
+        return next(self._next)
+
+    def observe(self, config: DecodeConfig, accepted: Sequence[int], seconds: float | None) -> None:
+        self.told.append(seconds is not None)
+
+
+@pytest.mark.parametrize("run_ahead", [False, True])
+def test_the_step_in_flight_while_another_shape_is_launched_teaches_no_time(
+    backend: TorchBackend, monkeypatch: pytest.MonkeyPatch, run_ahead: bool
+) -> None:
+    """The host reads its outcome late: what the change takes it to launch comes first. So does a prompt."""
+    monkeypatch.setattr(backend, "run_ahead", run_ahead)
+    turns = [SMALL, SMALL, LARGE, LARGE, LARGE, SMALL, SMALL, SMALL]
+    policy = Changing([*turns, *[SMALL] * 40])
+    engine = Engine(backend, policy, 2)
+    engine.add("first", PROMPTS[0], SamplingParams(max_new_tokens=30, ignore_eos=True))
+    while len(policy.told) < 8:
+        engine.step()
+    engine.add("second", PROMPTS[1], SamplingParams(max_new_tokens=20, ignore_eos=True))
+    while len(policy.told) < 11:
+        engine.step()
+    engine.cancel_all()
+    if run_ahead:  # the step after a change begins later too: that the policy knows
+        expected = [False, False, True, True, False, True, True, True, False, False, True]
+    else:
+        expected = [False, *[True] * 7, False, True, True]
+    assert policy.told == expected
 
 
 def test_shapes_come_from_the_drafters_figures() -> None:

@@ -34,6 +34,8 @@ from redrafter.params import DecodeConfig, SamplingParams
 
 SHAPE = DecodeConfig(beam_width=8, branching=8, draft_length=8, tree_size=64)
 EXACT_BATCH = 4
+PASSES = 4
+"""Over sampled batches, each with other seeds: what two batches of 32 say depends by 5 % on the answers' lengths."""
 STAGES = {"fp32": None, "small": None, "7b": "llama-2-7b", "1.5b": "qwen2.5-1.5b"}
 
 
@@ -86,13 +88,13 @@ class Campaign:
         return self.fresh(llm), time.perf_counter() - started
 
     def bench(self, stage: str, name: str, llm: LLM, start: float, **plan: Any) -> None:
-        """One result; ``limit`` prompts (0: all), spread over those of the category."""
+        """One result; ``limit`` prompts (0: all), spread over those of the category, ``passes`` times."""
         args = self.args
         if args.only and name not in args.only:
             return
         found = load_prompts(args.questions)
         limit, batch, control = plan.pop("limit"), plan.pop("batch", 1), plan.pop("control", False)
-        prompts = select(found, plan.pop("category", args.category), limit or None, True)
+        prompts = select(found, plan.pop("category", args.category), limit or None, True) * plan.pop("passes", 1)
         params = SamplingParams(max_new_tokens=args.max_new_tokens, **plan)
         job = Job(
             found=found,
@@ -161,7 +163,7 @@ class Campaign:
             whole = {"limit": batch * max(2, min(3, 48 // batch)), "batch": batch}  # a part of one has fewer rows
             self.bench(stage, f"b{batch}-adaptive", llm, start, **whole)
             if batch in args.sampled:
-                self.bench(stage, f"b{batch}-t1-adaptive", llm, start, temperature=1.0, **whole)
+                self.bench(stage, f"b{batch}-t1-adaptive", llm, start, temperature=1.0, passes=PASSES, **whole)
 
 
 def _plain(row: Any) -> Any:

@@ -292,6 +292,8 @@ class Engine:
         assert config in self.policy.shapes, config
         if config.speculative:
             before = before._replace(reading=of_width(backend, before.reading, config.deepest + 1))
+        for flight in self._flights:  # what a prompt or a change of shape takes on the host delays its landing
+            flight.alone &= alone and config == last
         launched = time.perf_counter()  # before the step: a backend without a queue computes it in the call
         state, accepted, tree = backend.step(before, config)
         if not config.speculative and self.speculative:

@@ -11,26 +11,29 @@ import numpy as np
 
 from redrafter.params import PLAIN, DecodeConfig
 
-HYSTERESIS, ALIKE = 0.025, 0.015
+HYSTERESIS, ALIKE = 0.03, 0.02
 """A shape must promise so much more than the one in use. Of those that promise hardly less than the best, the one whose
 step is shortest is used: what a step takes is known, what it gives a forecast."""
-PROBE_EVERY = 64
-"""Steps from one try of another shape, for two steps, to the next: 3 % of them."""
+PROBE_EVERY, PROBE_STEPS = 96, 3
+"""Steps from one try of another shape to the next, and how many it takes: 3 % of them. Only those between the first,
+before which the drafter may have to catch up, and the last, during which that happens again, teach a time."""
 FIRST_PROBE = 16
 """The same when a number of rows is met for the first time."""
 PROBE_RATE, UNSURE_PROBE_RATE, SURE_STEPS = 0.85, 0.6, 5
 """Shapes below this share of the best one's expected rate are not tried; the second until they were seen so often, for
 the few times at start-up may have met a busy moment."""
-PLAIN_PROBE_EVERY, PLAIN_PROBE_MOST = 32, 256
-"""The same where plain decoding is in use: two steps each time, after pauses that double."""
-HOPELESS_PROBE_EVERY = 1024
+PLAIN_PROBE_EVERY, PLAIN_PROBE_MOST = 64, 512
+"""The same where plain decoding is in use: after pauses that double."""
+HOPELESS_PROBE_EVERY = 1536
 """The same where the drafter would not pay even if it did what it did when it was measured."""
 COST_GAIN = 0.1
 """How far an observed time moves what is believed."""
 START_WEIGHT = 1
 """The times measured at start-up count as so many steps: the caches were cold and the text short."""
-OUTLIER, GUESS_OUTLIER = 2.0, 16.0
-"""A time further off than this factor is believed no more than that; the second while there is little but a guess."""
+OUTLIER, GUESS_OUTLIER = 1.1, 16.0
+"""A time further off than this factor is believed no more than that; the second while there is but a guess. A step can
+be held up and hardly hurried: of n times known, a shorter one is believed down to 1 / (1 + 1 / n). With 2.0 for both a
+shape that is rarely tried kept for long what one busy moment taught, 7 % or more."""
 YIELD_STEPS = 48
 """Steps over which acceptance is averaged."""
 PRIOR_STEPS = 4.0
@@ -60,7 +63,7 @@ class Fixed:
     """Always the same shape."""
 
     def __init__(self, config: DecodeConfig) -> None:
-        self.shapes = (config,)
+        self.shapes: Sequence[DecodeConfig] = (config,)
 
     def choose(self, rows: int) -> DecodeConfig:
         return self.shapes[0]
@@ -169,8 +172,8 @@ class Adaptive:
         return range(len(self.shapes))
 
     def _plan_probe(self, bucket: int, current: int, rates: list[float]) -> None:
-        """Beside plain decoding: the most promising shape, for two steps, since the drafter has to catch up in the
-        first; more and more rarely while it fails. Beside another shape: one step of what was not seen for longest."""
+        """Beside plain decoding: the most promising shape; more and more rarely while it fails. Beside another shape:
+        what was not seen for longest."""
         others = [i for i in self.offered(bucket) if i != current]
         if current == self._plain:
             seconds, known = self._costs.of(bucket), self._yields.known
@@ -180,16 +183,16 @@ class Adaptive:
             self._pause = HOPELESS_PROBE_EVERY if hopeless else min(2 * self._pause, PLAIN_PROBE_MOST)
             # Old evidence says little about now: a few good steps in a row must be able to turn speculation on.
             self._yields.trust_at_most(RECHECK_STEPS)
-            self._burst.extend([best, best])
+            self._burst.extend([best] * PROBE_STEPS)
             return
         self._next_probe = self._steps + PROBE_EVERY
         if not self._costs.observed(bucket, self._plain):
-            self._burst.extend([self._plain, self._plain])
+            self._burst.extend([self._plain] * PROBE_STEPS)
             return
         close = [i for i in others if rates[i] > self._bar(bucket, i) * rates[current]]
         if close:
             oldest = min(close, key=lambda i: self._costs.last_seen(bucket, i))
-            self._burst.extend([oldest, oldest])
+            self._burst.extend([oldest] * PROBE_STEPS)
 
     def _bar(self, bucket: int, index: int) -> float:
         return PROBE_RATE if self._costs.observed(bucket, index) >= SURE_STEPS else UNSURE_PROBE_RATE
@@ -299,8 +302,9 @@ class _Costs:
             return
         if not settled:
             return
-        most = OUTLIER if counts[index] >= START_WEIGHT else GUESS_OUTLIER
-        ratio = min(max(seconds / values[index], 1 / most), most)
+        known = counts[index]
+        longer, shorter = (OUTLIER, max(OUTLIER, 1 + 1 / known)) if known else (GUESS_OUTLIER, GUESS_OUTLIER)
+        ratio = min(max(seconds / values[index], 1 / shorter), longer)
         counts[index] += 1
         gain = max(COST_GAIN, 1 / counts[index])
         values[index] *= ratio**gain
