@@ -283,6 +283,22 @@ def test_what_was_timed_for_more_rows_is_believed_from_the_first_step_on() -> No
     assert seconds == {(line.config, line.observed): line.step_seconds for line in knowing.forecast(8)}
 
 
+def test_nothing_is_tried_that_was_not_timed_for_so_many_rows() -> None:
+    """Neither when the rows change in the middle of a try: a recording would keep requests waiting."""
+    shapes = list(ACCEPTANCE)
+    timed = Machine().timed()
+    timed += [t._replace(rows=4) for t in timed if t.config in (PLAIN, *shapes[3:])]
+    timed += [t._replace(rows=8) for t in timed if t.rows == 1 and t.config in (PLAIN, *shapes[1:4])]
+    policy, machine, used = Adaptive(timed), Machine(), set()
+    for step in range(4000):
+        rows = 1 + step % 8
+        config = policy.choose(rows)
+        used.add((bucket_of(rows), config))
+        assert config in [policy.shapes[i] for i in policy.offered(bucket_of(rows))], (step, rows)
+        policy.observe(config, [machine.accepted(config)] * rows, machine.seconds(rows, config))
+    assert len(used) > 6
+
+
 def test_what_was_not_timed_is_guessed_from_what_was() -> None:
     one = [Timed(PLAIN, 1.0, 1.0), Timed(SMALL, 2.0, 1.1), Timed(LARGE, 3.0, 1.2)]
     policy = Adaptive([*one, Timed(PLAIN, 1.0, 1.0, 8), Timed(SMALL, 2.0, 4.0, 8)])

@@ -32,8 +32,7 @@ START_WEIGHT = 1
 """The times measured at start-up count as so many steps: the caches were cold and the text short."""
 OUTLIER, GUESS_OUTLIER = 1.1, 16.0
 """A time further off than this factor is believed no more than that; the second while there is but a guess. A step can
-be held up and hardly hurried: of n times known, a shorter one is believed down to 1 / (1 + 1 / n). With 2.0 for both a
-shape that is rarely tried kept for long what one busy moment taught, 7 % or more."""
+be held up and hardly hurried: where n times are known, a shorter one is believed down to 1 / (1 + 1 / n)."""
 YIELD_STEPS = 48
 """Steps over which acceptance is averaged."""
 PRIOR_STEPS = 4.0
@@ -132,10 +131,9 @@ class Adaptive:
                 self._timed.setdefault(bucket_of(t.rows), set()).add(index)
         self._yields = _Yields(self.shapes, [t.tokens_per_step for t in ranked])
         self._current: dict[int, int] = {}
-        self._steps = 0
-        self._next_probe = PROBE_EVERY
-        self._pause = PLAIN_PROBE_EVERY
-        self._burst: deque[int] = deque()
+        self._steps, self._next_probe, self._pause = 0, PROBE_EVERY, PLAIN_PROBE_EVERY
+        self._burst, self._probed = deque[int](), 0
+        """what is tried next, and for which bucket"""
         self._before = -1
         """the shape of the last step observed"""
 
@@ -159,7 +157,10 @@ class Adaptive:
                 self._pause = PLAIN_PROBE_EVERY
             current = good
         self._current[bucket] = current
+        if bucket != self._probed:  # what was to be tried may not be recorded for so many rows
+            self._burst.clear()
         if not self._burst and self._steps >= self._next_probe:
+            self._probed = bucket
             self._plan_probe(bucket, current, rates)
         return self.shapes[self._burst.popleft() if self._burst else current]
 
