@@ -39,7 +39,7 @@ def shipped_shapes() -> list[Candidate]:
 def with_times(monkeypatch: pytest.MonkeyPatch, seconds: dict[int, list[float]]) -> None:
     """Step times by tree size, one per round."""
     rounds = {size: iter(times) for size, times in seconds.items()}
-    monkeypatch.setattr(shape, "_step_seconds", lambda backend, config, length, rows: next(rounds[config.tree_size]))
+    monkeypatch.setattr(shape, "_step_seconds", lambda backend, config, *_, **__: next(rounds[config.tree_size]))
 
 
 def test_the_median_counts_and_the_first_round_warms_up(backend: TorchBackend, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +84,7 @@ def test_recorded_steps_are_timed_for_more_rows(
 ) -> None:
     seen: Counter[tuple[int, DecodeConfig]] = Counter()
 
-    def one_step(backend: Any, config: DecodeConfig, length: int, rows: int) -> float:
+    def one_step(backend: Any, config: DecodeConfig, length: int, rows: int, steps: int) -> float:
         seen[rows, config] += 1
         return 1.0 + 0.01 * max(0, rows * config.tree_size - 64)
 
@@ -108,7 +108,7 @@ def test_recorded_steps_are_timed_for_more_rows(
 
 
 def test_a_start_times_24_steps_for_32_rows(recording: TorchBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shape, "_step_seconds", lambda *_: 1.0)
+    monkeypatch.setattr(shape, "_step_seconds", lambda *_, **__: 1.0)
     monkeypatch.setattr(recording, "reserve", lambda *_: None)
     assert len(time_shapes(recording, shipped_shapes(), 32)) == 24
 
@@ -120,7 +120,9 @@ def test_all_that_may_be_chosen_is_recorded_ahead(
     """In both ways, for whatever number of rows a graph serves."""
     graphs: dict[tuple[DecodeConfig, float], list[int]] = {}
 
-    def one_step(backend: Any, config: DecodeConfig, length: int, rows: int, temperature: float = 0.0) -> float:
+    def one_step(
+        backend: Any, config: DecodeConfig, length: int, rows: int, temperature: float = 0.0, steps: int = 1
+    ) -> float:
         known = graphs.setdefault((config, temperature), [])
         if not any(serves(size, rows) for size in known):
             known.append(size_for(rows, most))
@@ -169,7 +171,7 @@ def test_every_change_of_shape_is_made_ahead(recording: TorchBackend, monkeypatc
 
     monkeypatch.setattr(recording, "step", watched)
     monkeypatch.setattr(recording, "catch_up", watched_catch_up)
-    monkeypatch.setattr(shape, "_step_seconds", lambda *_: 1.0)
+    monkeypatch.setattr(shape, "_step_seconds", lambda *_, **__: 1.0)
     policy = shape.adaptive(recording, [Candidate(SMALL, 2.0), Candidate(LARGE, 3.0)])
     assert policy.shapes[0] == LARGE
     assert seen == [LARGE, SMALL, LARGE, PLAIN]
@@ -187,12 +189,12 @@ def test_a_time_taken_ahead_of_the_outcome_is_that_of_one_step(
     monkeypatch.setattr(backend, "read", lambda handle: (reads.append(0), read(handle))[1])
     monkeypatch.setattr(shape.time, "perf_counter", lambda: float(8 * len(reads)))
     backend.reserve(1, 300)
-    assert shape._step_seconds(backend, SMALL, 10, 1) == 8.0
+    assert shape._step_seconds(backend, SMALL, 10, 1, steps=shape._steps_at_once(backend)) == 8.0
     assert steps == [0, 0, 1, 2, 3] and len(reads) == 5
 
 
 def test_without_recording_one_row_is_enough(backend: TorchBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shape, "_step_seconds", lambda *_: 1.0)
+    monkeypatch.setattr(shape, "_step_seconds", lambda *_, **__: 1.0)
     assert {t.rows for t in time_shapes(backend, [Candidate(SMALL, 2.0)], 32)} == {1}
 
 

@@ -114,7 +114,7 @@ def _time(backend: Backend, shapes: Sequence[Candidate], tokens: int, rows: int,
     seconds: list[list[float]] = [[] for _ in shapes]
     for _ in range(repeats + 1):  # the first round warms up, compiles, records
         for times, shape in zip(seconds, shapes, strict=True):
-            times.append(_step_seconds(backend, shape.config, tokens, rows))
+            times.append(_step_seconds(backend, shape.config, tokens, rows, steps=_steps_at_once(backend)))
     return [Timed(*c, statistics.median(t[1:]), rows) for c, t in zip(shapes, seconds, strict=True)]
 
 
@@ -122,7 +122,9 @@ def _steps_at_once(backend: Backend) -> int:
     return 1 + TIMED_STEPS if backend.run_ahead else 1
 
 
-def _step_seconds(backend: Backend, config: DecodeConfig, length: int, rows: int, temperature: float = 0.0) -> float:
+def _step_seconds(
+    backend: Backend, config: DecodeConfig, length: int, rows: int, temperature: float = 0.0, steps: int = 1
+) -> float:
     """Seconds of one step of ``rows`` requests of ``length`` cached tokens; what they are does not matter to the
     time. Of several in a row the first does not count."""
     state = first_state(backend, config, backend.prefill(0, []), root=1, length=length)
@@ -133,7 +135,7 @@ def _step_seconds(backend: Backend, config: DecodeConfig, length: int, rows: int
     if backend.graphs is not None:  # a graph's own state, as it is while requests run
         state = backend.step(state, config)[0]
     backend.synchronize()
-    started, flights, steps = time.perf_counter(), deque[Any](), _steps_at_once(backend)
+    started, flights = time.perf_counter(), deque[Any]()
     for left in reversed(range(steps)):
         state, accepted, tree = backend.step(state, config)
         flights.append(backend.fetch(accepted, tree))
