@@ -22,6 +22,8 @@ from redrafter.shape import adaptive
 BACKENDS = ("auto", "torch", "mlx")
 
 UNMEASURED = [
+    Candidate(DecodeConfig(beam_width=2, branching=2, draft_length=1, tree_size=2), 1.6),
+    Candidate(DecodeConfig(beam_width=2, branching=2, draft_length=2, tree_size=4), 1.9),
     Candidate(DecodeConfig(beam_width=4, branching=4, draft_length=3, tree_size=8), 2.2),
     Candidate(DecodeConfig(beam_width=4, branching=4, draft_length=5, tree_size=16), 2.5),
     Candidate(DecodeConfig(beam_width=4, branching=4, draft_length=8, tree_size=32), 2.7),

@@ -17,7 +17,7 @@ from redrafter.backends.torch.attention import EXACT, FAST, KERNEL
 from redrafter.backends.torch.cuda import GraphBackend
 from redrafter.backends.torch.drafter import Drafter
 from redrafter.backends.torch.drafting import TorchDrafter
-from redrafter.backends.torch.graph import copy_into
+from redrafter.backends.torch.graph import copy_into, leaves
 from redrafter.backends.torch.load import TorchBackend, make_target
 from redrafter.batch import first_state, join
 from redrafter.bench.control import accepting_nothing
@@ -123,7 +123,10 @@ def test_a_graph_of_four_rows_serves_three() -> None:
         assert torch.equal(backend.target.cache.keys[:, 3, :, :5], before) and before.abs().sum() > 0
     assert outcomes[:2] == outcomes[2:]
     assert isinstance(backend, GraphBackend) and backend.graphs == 1
-    assert list(backend._runner._graphs.popitem()[1]) == [4]
+    [(size, graph)] = backend._runner._graphs.popitem()[1].items()
+    assert size == 4
+    view = graph.first(3)
+    assert all(a is b for a, b in zip(leaves(view.state), leaves(view.after), strict=True)), "copied at every step"
 
 
 def test_a_graph_serves_every_step_of_its_kind() -> None:

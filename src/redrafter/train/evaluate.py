@@ -39,6 +39,8 @@ from redrafter.train.writing import Writer, WritingConfig, loops
 
 TREE_SIZES = (4, 8, 12, 16, 24, 32, 48, 64)
 SHAPES = (
+    (2, 1, (2,)),
+    (2, 2, (4,)),
     (4, 3, (8,)),
     (4, 4, (12,)),
     (4, 5, (16,)),

@@ -126,7 +126,8 @@ class Recorded:
 
     def first(self, rows: int) -> View:
         if rows not in self._views:
-            self._views[rows] = mapped(lambda x: x[:rows], self._whole)
+            parts: dict[int, Tensor] = {}  # one for every tensor: what leaves as ``after`` comes back as ``state``
+            self._views[rows] = mapped(lambda x: parts.setdefault(id(x), x[:rows]), self._whole)
         return self._views[rows]
 
     def load(self, state: DecodeState) -> View:
