@@ -326,13 +326,13 @@ def _drafting_seconds(shapes: Sequence[DecodeConfig], seconds: Sequence[float]) 
 
 
 def _at(curve: Sequence[tuple[int, float]], nodes: int) -> float:
-    """The curve at so many nodes; behind its end it goes on as steeply as it went from its first point to it."""
+    """The curve at so many nodes; behind its end it goes on as steeply as it went from half as many to there."""
     for (n0, s0), (n1, s1) in pairwise(curve):
         if nodes <= n1:
             return s0 + (s1 - s0) * max(0, nodes - n0) / (n1 - n0)
-    (first, low), (last, high) = curve[0], curve[-1]
-    slope = (high - low) / (last - first) if last > first else high / last
-    return high + slope * max(0, nodes - last)
+    last, high = curve[-1]
+    before = _at(curve, last // 2) if len(curve) > 1 else 0.0
+    return high + (high - before) / (last - last // 2) * max(0, nodes - last)
 
 
 class _Yields:

@@ -17,7 +17,7 @@ from typing import Any
 from redrafter.batch import take_rows
 from redrafter.engine import Backend, Engine, SamplingHistory, first_state
 from redrafter.params import PLAIN, DecodeConfig, SamplingParams
-from redrafter.policy import Adaptive, Candidate, Fixed, Timed, bucket_of
+from redrafter.policy import Adaptive, Candidate, Fixed, Forecast, Timed, bucket_of
 
 PROBE_TOKENS = 192
 """Cached tokens while timing: a question and half an answer."""
@@ -28,8 +28,8 @@ long again, plain ones more than others, and the shapes come in the wrong order.
 FEWEST = 4
 """The first number of rows beyond one that is timed."""
 PROMISING = 3
-"""Shapes timed beside plain decoding for more than one row: the best after what is known from fewer rows, the last of
-them the best on text of which half as much is accepted."""
+"""Shapes to choose from beside plain decoding for more than one row: two thirds of them the best, the others the best
+on text of which half as much is accepted. Twice as many are timed, picked by what is known from fewer rows."""
 
 
 def adaptive(backend: Backend, candidates: Sequence[Candidate], max_batch: int = 1) -> Adaptive:
@@ -53,17 +53,18 @@ def time_shapes(backend: Backend, candidates: Sequence[Candidate], max_batch: in
     backend.reserve(rows_to_time[-1], tokens + largest)
     timed = _time(backend, everything, tokens, 1, repeats)
     for rows in rows_to_time[1:]:
-        chosen = [c for c in everything if c.config in (PLAIN, *_promising(timed, rows))]
-        timed += _time(backend, chosen, tokens, rows, repeats)
+        tried = _promising(Adaptive(timed).forecast(rows), 2 * PROMISING)
+        found = _time(backend, [c for c in everything if c.config in (PLAIN, *tried)], tokens, rows, repeats)
+        kept = _promising(found, PROMISING)
+        timed += [t for t in found if t.config in (PLAIN, *kept)]
     return timed
 
 
-def _promising(timed: Sequence[Timed], rows: int) -> list[DecodeConfig]:
-    lines = [line for line in Adaptive(timed).forecast(rows) if line.config.speculative]
-    lines.sort(key=lambda line: -line.tokens_per_second)
-    best, rest = lines[: PROMISING - 1], lines[PROMISING - 1 :]
-    rest.sort(key=lambda line: -(1 + line.tokens_per_step) / line.step_seconds)
-    return [line.config for line in (*best, *rest[:1])]
+def _promising(lines: Sequence[Forecast | Timed], count: int) -> list[DecodeConfig]:
+    lines = sorted((x for x in lines if x.config.speculative), key=lambda x: -x.tokens_per_second)
+    best, rest = lines[: 2 * count // 3], lines[2 * count // 3 :]
+    rest.sort(key=lambda x: -(1 + x.tokens_per_step) / x.step_seconds)
+    return [x.config for x in (*best, *rest[: count - len(best)])]
 
 
 def record_ahead(backend: Backend, policy: Adaptive, max_batch: int) -> None:
