@@ -7,9 +7,10 @@ import time
 from typing import Any
 
 import pytest
+import torch
 
 from redrafter.backends.torch.load import TorchBackend
-from redrafter.engine import Engine, EngineLoad
+from redrafter.engine import Engine, EngineLoad, SamplingHistory
 from redrafter.errors import InvalidRequest, Overloaded, RequestFailed
 from redrafter.params import PLAIN, DecodeConfig, SamplingParams
 from tests.tiny import VOCAB, make_backend, run
@@ -44,6 +45,32 @@ def test_a_prompt_that_cannot_be_read_ends_its_request_only(
     assert isinstance(failed, RequestFailed) and type(error).__name__ in str(failed) and "\n" not in str(failed)
     for i in (0, 2):
         assert answers[i].ids == run(Engine(make_backend(), PLAIN), prompts[i], PARAMS)[0]
+
+
+def test_settings_follow_their_requests(backend: TorchBackend) -> None:
+    """Requests that leave move others to their rows; the last one that uses a setting takes its array along."""
+    settings = [
+        SamplingParams(max_new_tokens=6, temperature=0.7, seed=3, top_k=5),
+        SamplingParams(max_new_tokens=12, repetition_penalty=1.3),
+        SamplingParams(max_new_tokens=9, temperature=1.2, seed=8, logit_bias={7: 1.5}),
+        SamplingParams(max_new_tokens=16, temperature=0.4, seed=1, frequency_penalty=0.5, logprobs=2),
+        SamplingParams(max_new_tokens=20),
+    ]
+    engine, kinds = Engine(backend, TREE, max_batch=5), set()
+    for i, params in enumerate(settings):
+        engine.add(str(i), PROMPT[i:], params)
+    while engine.has_work:
+        engine.step()
+        if engine._state is None:
+            continue
+        told = [SamplingHistory(r.params, r.prompt_ids, r.answer_ids) for r in engine._running]
+        wanted, found = backend.sampling(told), engine._state.sampling
+        flat = [(*s[:6], *(s.penalties or ()), s.keep_logits) for s in (wanted, found)]
+        assert [x if x is None else torch.as_tensor(x).tolist() for x in flat[1]] == [
+            x if x is None else torch.as_tensor(x).tolist() for x in flat[0]
+        ]
+        kinds.add(tuple(x is None for x in flat[0]))
+    assert len(kinds) >= 3
 
 
 def test_the_queue_is_bounded(backend: TorchBackend) -> None:

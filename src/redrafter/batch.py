@@ -43,10 +43,11 @@ def join(ops: Any, a: DecodeState, b: DecodeState) -> DecodeState:
     )
 
 
-def take_rows(state: DecodeState, index: Array) -> DecodeState:
-    """These rows in this order; the sampling settings are rebuilt by the caller."""
-    reading = Reading(*(x[index] for x in state.reading))
-    return DecodeState(reading, state.root[index], state.lengths[index], state.sampling)
+def take_rows(state: Any, index: Array) -> Any:
+    """These rows in this order, of a state or of any part of one."""
+    if state is None or isinstance(state, bool):
+        return state
+    return type(state)(*(take_rows(x, index) for x in state)) if isinstance(state, tuple) else state[index]
 
 
 def pad(ops: Any, reading: Reading, width: int) -> Reading:

@@ -21,7 +21,7 @@ from redrafter.errors import InvalidRequest, NonFiniteLogits, Overloaded, Redraf
 from redrafter.params import PLAIN, DecodeConfig, SamplingParams
 from redrafter.policy import Fixed, Policy
 from redrafter.prefix import Prefixes
-from redrafter.requests import EngineLoad, Event, Flight, Prefill, Request, RequestStatistics, StepTree
+from redrafter.requests import EngineLoad, Event, Flight, Prefill, Request, RequestStatistics, StepTree, settings_in_use
 
 __all__ = ["Backend", "Engine", "EngineLoad", "Event", "RequestStatistics", "SamplingHistory", "first_state"]
 
@@ -357,12 +357,13 @@ class Engine:
     def _leave(self, ended: list[Request]) -> None:
         """Free the rows of these running requests; the last ones take their places."""
         assert self._state is not None
+        used = settings_in_use(self._running)
         order = list(range(len(self._running)))
         for request in ended:
             row, last = self._running.index(request), len(self._running) - 1
             if row != last:
-                used = max(r.cached + self._in_flight(r) for r in (request, self._running[last]))
-                self._prefixes.exchange(row, last, min(used, self.backend.slots), keep=self.prefix_reuse)
+                slots = max(r.cached + self._in_flight(r) for r in (request, self._running[last]))
+                self._prefixes.exchange(row, last, min(slots, self.backend.slots), keep=self.prefix_reuse)
                 self._running[row], order[row] = self._running[last], order[last]
             self._running.pop()
             order.pop()
@@ -375,8 +376,10 @@ class Engine:
         for flight in self._flights:
             flight.alone = False
         self._moved = True
-        state = take_rows(self._state, self.backend.array(order))
-        self._state = state._replace(sampling=self._sampling(state.sampling, order))
+        state = self.backend.keep_rows(self._state, order) or take_rows(self._state, self.backend.array(order))
+        if settings_in_use(self._running) != used:
+            state = state._replace(sampling=self._sampling(state.sampling, list(range(len(order)))))
+        self._state = state
 
     def _in_flight(self, request: Request) -> int:
         """Tokens that steps the host has not read may have put into the request's row, at most."""

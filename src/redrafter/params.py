@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 from redrafter.errors import InvalidRequest
@@ -99,6 +100,13 @@ class SamplingParams:
                 "token id -> finite number or -inf",
                 "fix the entry",
             )
+
+    @cached_property
+    def used(self) -> tuple[bool, ...]:
+        """Of every setting that shapes the choice, and of logprobs: whether it is not off."""
+        cuts = self.top_k > 0, self.top_p < 1, self.min_p > 0
+        penalties = self.repetition_penalty != 1, self.presence_penalty != 0, self.frequency_penalty != 0
+        return self.temperature > 0, *cuts, any(penalties), bool(self.logit_bias), self.logprobs is not None
 
 
 @dataclass(frozen=True, kw_only=True)

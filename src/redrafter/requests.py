@@ -194,6 +194,11 @@ class Request:
         )
 
 
+def settings_in_use(requests: Sequence[Request]) -> list[bool]:
+    """Which settings any of them uses: as long as these stay the same, so do the arrays that a batch needs."""
+    return [any(column) for column in zip(*(request.params.used for request in requests), strict=True)]
+
+
 @dataclass(eq=False)
 class Prefill:
     """A prompt on its way into the cache."""

@@ -19,7 +19,7 @@ from redrafter.backends.torch.drafter import Drafter
 from redrafter.backends.torch.drafting import TorchDrafter
 from redrafter.backends.torch.graph import copy_into, leaves
 from redrafter.backends.torch.load import TorchBackend, make_target
-from redrafter.batch import first_state, join
+from redrafter.batch import first_state, join, take_rows
 from redrafter.bench.control import accepting_nothing
 from redrafter.engine import Engine
 from redrafter.params import PLAIN, DecodeConfig, SamplingParams
@@ -127,6 +127,13 @@ def test_a_graph_of_four_rows_serves_three() -> None:
     assert size == 4
     view = graph.first(3)
     assert all(a is b for a, b in zip(leaves(view.state), leaves(view.after), strict=True)), "copied at every step"
+    # Row 0 leaves, the last takes its place: in the graph's own buffers, as it would elsewhere.
+    wanted = take_rows(state, backend.array([2, 1]))
+    kept = backend.keep_rows(state, [2, 1])
+    assert kept is graph.first(2).after
+    assert all(torch.equal(a, b) for a, b in zip(leaves(kept), leaves(wanted), strict=True))
+    assert backend.keep_rows(wanted, [0]) is None, "not the graph's"
+    assert backend.keep_rows(kept, [1, 0]) is None, "a row would be overwritten before it moves"
 
 
 def test_a_graph_serves_every_step_of_its_kind() -> None:

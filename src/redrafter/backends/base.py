@@ -75,6 +75,10 @@ class BaseBackend:
         """One decoding step of every row of ``state``; a backend that replays it as a graph overrides this."""
         return step(self.ops, self.target, self.drafter, state, config, self.stages)
 
+    def keep_rows(self, state: DecodeState, order: Sequence[int]) -> DecodeState | None:
+        """None: nothing lies in buffers of its own."""
+        return None
+
     def prepare(self, max_batch: int, shapes: Sequence[DecodeConfig]) -> None:
         """Do before the first request what would keep it waiting; ``shapes``: all that steps may take. Here caches grow
         with use."""

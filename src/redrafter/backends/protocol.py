@@ -103,6 +103,10 @@ class Backend(Protocol):
         """One decoding step (``algorithm.step.step``) of every row of ``state``, which are the cache's first rows. If
         it speculates, ``state.reading`` is deepest + 1 pairs wide."""
 
+    def keep_rows(self, state: DecodeState, order: Sequence[int]) -> DecodeState | None:
+        """Make row i what row ``order[i]`` was, in place; the others go, and ``state`` may not be used afterwards. None
+        if nothing was done: the caller takes the rows."""
+
     def fetch(self, accepted: Accepted, tree: TokenTree) -> Any:
         """Start to bring a step's outcome to the host; returns at once. What it returns is for ``read``."""
 

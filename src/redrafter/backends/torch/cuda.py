@@ -141,6 +141,9 @@ class GraphBackend(TorchBackend):
         self._told = view.told
         return view.after, view.accepted, view.tree
 
+    def keep_rows(self, state: DecodeState, order: Sequence[int]) -> DecodeState | None:
+        return self._runner.keep(state, order)
+
     def whole_step(
         self, state: DecodeState, config: DecodeConfig
     ) -> tuple[DecodeState, Accepted, TokenTree, tuple[Any, ...]]:

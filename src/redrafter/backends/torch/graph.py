@@ -8,7 +8,7 @@ comes from elsewhere (a request joined or left) is copied in. Its slow twin is t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -146,6 +146,8 @@ class GraphRunner:
     def __init__(self, step: Step, record: Record, most: Callable[[], int]) -> None:
         self._step, self._record, self._most = step, record, most
         self._graphs: dict[Any, dict[int, Recorded]] = {}
+        self._last: tuple[Recorded, DecodeState] | None = None
+        """the graph that ran last, and what it left"""
 
     def __len__(self) -> int:
         return sum(map(len, self._graphs.values()))
@@ -153,6 +155,7 @@ class GraphRunner:
     def clear(self) -> None:
         """Forget every graph: something they point to has moved."""
         self._graphs.clear()
+        self._last = None
 
     def __call__(self, state: DecodeState, config: DecodeConfig) -> View:
         """One step. What is returned holds until the next call; later work on the same stream sees it whole."""
@@ -168,7 +171,24 @@ class GraphRunner:
         graph = known[size]
         view = graph.load(state)
         graph.replay()
+        self._last = graph, view.after
         return view
+
+    def keep(self, state: DecodeState, order: Sequence[int]) -> DecodeState | None:
+        """``Backend.keep_rows`` within the buffers of the graph that ran last; None for what does not lie there. Rows
+        that move may come from behind those that are kept only."""
+        moves = [(to, source) for to, source in enumerate(order) if to != source]
+        if self._last is None or any(source < len(order) for _, source in moves):
+            return None
+        graph, after = self._last
+        tensors = list(leaves(after))
+        if [id(x) for x in leaves(state)] != [id(x) for x in tensors]:
+            return None
+        if moves:
+            torch._foreach_copy_(
+                [x[to] for to, _ in moves for x in tensors], [x[of] for _, of in moves for x in tensors]
+            )
+        return graph.first(len(order)).after
 
     def _recorded(self, buffers: DecodeState, config: DecodeConfig, rows: int) -> Recorded:
         # Once outside of the recording: libraries set themselves up, kernels compile. It writes to cache slots that
