@@ -3,13 +3,17 @@
 # sets PYTHONPATH, MODEL (a folder with the default model in float32) and DRAFTER (the shipped one).
 _folder=$1
 mkdir -p "$_folder/site"
-for _wheel in "$_folder"/*.whl; do
-    _name=$(basename "$_wheel")
-    _name=${_name%%-*}
-    [ "$_name" = markdown_it_py ] && _name=markdown_it
-    # The machine's own packages come first: a newer one may want what is not there.
-    PYTHONPATH='' python3 -c "import $_name" 2>/dev/null || python3 -m zipfile -e "$_wheel" "$_folder/site"
-done
+# The machine's own packages come first: a newer one may want what is not there.
+python3 - "$_folder" <<'EOF'
+import sys, zipfile
+from importlib.util import find_spec
+from pathlib import Path
+folder = Path(sys.argv[1])
+for wheel in folder.glob("*.whl"):
+    name = wheel.name.split("-")[0].replace("markdown_it_py", "markdown_it")
+    if find_spec(name) is None and not (folder / "site" / name).exists():
+        zipfile.ZipFile(wheel).extractall(folder / "site")
+EOF
 export PYTHONPATH=$PWD/src:$PWD:$_folder/site${PYTHONPATH:+:$PYTHONPATH}
 export MODEL=$_folder/smollm2-135m-instruct DRAFTER=$PWD/src/redrafter/assets/smollm2-135m-instruct
 if [ ! -d "$MODEL" ]; then
