@@ -63,7 +63,7 @@ def test_a_run_leaves_checkpoints_log_and_the_best_drafter(whole: Path) -> None:
     assert state["best"] == max(measured.values()) and state["batch"] == 24
     assert load_drafter(whole / "drafter").config.draft_vocabulary == 40
     shapes = known_shapes(read_metadata(whole / "drafter"))
-    assert [s.config.draft_length for s in shapes] == [3], "no longer than it was trained for"
+    assert [s.config.draft_length for s in shapes] == [1, 2, 3], "no longer than it was trained for"
     assert shapes[0].tokens_per_step >= 1
 
 
