@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that is measured on one H200, on a machine that pack.sh's and mlx_pack.sh's parts were brought to:
 #   benchmarks/gpu/campaign.sh exact PARTS QUESTIONS OUT     1 minute: answers in float32; writes the instrument for MLX
-#   benchmarks/gpu/campaign.sh torch PARTS QUESTIONS OUT     5 minutes: the 7B shape and SmolLM2-135M ($SHAPES)
+#   benchmarks/gpu/campaign.sh torch PARTS QUESTIONS OUT     6 minutes: the 7B shape and SmolLM2-135M ($SHAPES)
 #   benchmarks/gpu/campaign.sh serve PARTS QUESTIONS OUT     3 minutes: the 7B shape through HTTP
 #   benchmarks/gpu/campaign.sh mlx PARTS QUESTIONS OUT       4 minutes, after exact: MLX beside mlx-lm ($DTYPES)
 # PARTS: the folder of pack.sh's three parts together; `mlx_h200.sh keep` has put aside the others. What is timed has the
@@ -31,7 +31,7 @@ exact)
 torch)
     # shellcheck disable=SC2086
     TRITON_CACHE_DIR=$work/triton speed --prefix "$date-h200-" $(printf -- '--stage %s ' ${SHAPES:-7b small}) \
-        --max-context 2048 --limit "${LIMIT:-16}" --batches 8 32 --sampled 8 32 ${CONTROL---control} >"$out/speed.txt" 2>&1
+        --max-context 2048 --limit "${LIMIT:-16}" --batches 4 8 32 --sampled 4 8 32 ${CONTROL---control} >"$out/speed.txt" 2>&1
     cat "$out/speed.txt"
     ;;
 serve)
