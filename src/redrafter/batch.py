@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from redrafter.algorithm.beam import Reading
@@ -13,10 +14,21 @@ from redrafter.params import DecodeConfig
 
 MAX_PENDING = 64
 """Pairs that wait for the drafter while plain steps are taken; it then reads them at once."""
+NEVER = 2**62
+"""More tokens than any cache holds."""
 
 
-def first_state(backend: Backend, config: DecodeConfig, features_F: Array, root: int, length: int) -> DecodeState:
-    """One row whose ``length`` tokens lie in the cache and whose next token, the root, does not."""
+def first_state(
+    backend: Backend,
+    config: DecodeConfig,
+    features_F: Array,
+    root: int,
+    length: int,
+    stop_ids: Collection[int] = (),
+    full: int = NEVER,
+) -> DecodeState:
+    """One row whose ``length`` tokens lie in the cache and whose next token, the root, does not. It ends with any of
+    ``stop_ids``, or with ``full`` tokens in the cache."""
     one = backend.array([[0] * (config.deepest + 1 if config.speculative else 1)])
     return DecodeState(
         reading=Reading(
@@ -28,19 +40,27 @@ def first_state(backend: Backend, config: DecodeConfig, features_F: Array, root:
         root=backend.array([root]),
         lengths=backend.array([length]),
         sampling=Sampling(),
+        ends=backend.ends(stop_ids, full),
     )
 
 
 def join(ops: Any, a: DecodeState, b: DecodeState) -> DecodeState:
     """The rows of ``a``, then those of ``b``; the sampling settings are rebuilt by the caller."""
     width = max(a.reading.tokens.shape[1], b.reading.tokens.shape[1])
-    readings = zip(pad(ops, a.reading, width), pad(ops, b.reading, width), strict=True)
     return DecodeState(
-        reading=Reading(*(ops.concat(pair, 0) for pair in readings)),
-        root=ops.concat([a.root, b.root], 0),
-        lengths=ops.concat([a.lengths, b.lengths], 0),
+        reading=_stacked(ops, pad(ops, a.reading, width), pad(ops, b.reading, width)),
+        root=_stacked(ops, a.root, b.root),
+        lengths=_stacked(ops, a.lengths, b.lengths),
         sampling=a.sampling,
+        ends=_stacked(ops, a.ends, b.ends),
     )
+
+
+def _stacked(ops: Any, a: Any, b: Any) -> Any:
+    """The rows of a part of one state, then those of another's."""
+    if isinstance(a, tuple):
+        return type(a)(*(_stacked(ops, x, y) for x, y in zip(a, b, strict=True)))
+    return None if a is None else ops.concat([a, b], 0)
 
 
 def take_rows(state: Any, index: Array) -> Any:

@@ -176,7 +176,8 @@ class Engine:
         lengths = [] if self._state is None else self.backend.host(self._state.lengths)
         for request, length in zip(self._running, lengths, strict=True):
             known = len(request.prompt_ids) + len(request.answer_ids) - 1
-            assert request.cached == known <= length <= known + self._in_flight(request)
+            assert request.cached == known
+            assert known <= length <= known + self._in_flight(request) or (length < 0 and self._in_flight(request))
 
     def _requests(self) -> list[Request]:
         return [*self._waiting, *(task.request for task in self._prefilling), *self._running]
@@ -265,19 +266,20 @@ class Engine:
         self._joined.append(task)
         self._prefixes.relocate(task.row, row, request.cached)
         features = backend.no_features() if task.features is None else task.features
-        new = first_state(backend, PLAIN, features, request.prompt_ids[-1], len(request.prompt_ids) - 1)
+        ids, known = request.prompt_ids, len(request.prompt_ids) - 1
+        new = first_state(backend, PLAIN, features, ids[-1], known, request.stop_ids, known + request.room)
         old, self._running = self._state, [*self._running, request]
         if old is not None:
             new = join(backend.ops, old, new)
-        self._state = new._replace(sampling=self._sampling(new.sampling, list(range(row))))
+        self._state = new._replace(sampling=self._sampling(new.sampling, row))
 
-    def _sampling(self, old: Sampling, kept: list[int]) -> Sampling:
-        """The settings of the running requests, of which the first were rows ``kept`` of ``old``. Their counts of
+    def _sampling(self, old: Sampling, kept: int) -> Sampling:
+        """The settings of the running requests, of which the first ``kept`` are those of ``old``. Their counts of
         answer tokens stay the device's: the host may be a step behind."""
         new = self.backend.sampling([SamplingHistory(r.params, r.prompt_ids, r.answer_ids) for r in self._running])
         if new.penalties is None or old.penalties is None or not kept:
             return new
-        parts = [old.penalties.answer[self.backend.array(kept)], new.penalties.answer[len(kept) :]]
+        parts = [old.penalties.answer[:kept], new.penalties.answer[kept:]]
         return new._replace(penalties=new.penalties._replace(answer=self.backend.ops.concat(parts, 0)))
 
     def _launch(self, alone: bool) -> bool:
@@ -378,7 +380,7 @@ class Engine:
         self._moved = True
         state = self.backend.keep_rows(self._state, order) or take_rows(self._state, self.backend.array(order))
         if settings_in_use(self._running) != used:
-            state = state._replace(sampling=self._sampling(state.sampling, list(range(len(order)))))
+            state = state._replace(sampling=self._sampling(state.sampling, len(order)))
         self._state = state
 
     def _in_flight(self, request: Request) -> int:

@@ -33,7 +33,7 @@ OUTLIER, GUESS_OUTLIER = 1.1, 16.0
 """A time further off than this factor is believed no more than that; the second while there is but a guess. A step can
 be held up and hardly hurried: where n times are known, a shorter one is believed down to 1 / (1 + 1 / n)."""
 YIELD_STEPS = 48
-"""Steps over which acceptance is averaged."""
+"""Steps over which acceptance is averaged; one of n rows counts as sqrt(n) of one row: a batch follows sooner."""
 PRIOR_STEPS = 4.0
 RECHECK_STEPS = 8.0
 """What was seen before speculation was turned off counts as at most so many steps when it is tried again."""
@@ -203,7 +203,7 @@ class Adaptive:
         index = self.shapes.index(config)
         settled, self._before = self._before == index, index
         if index != self._plain:
-            self._yields.observe(index, sum(accepted) / len(accepted))
+            self._yields.observe(index, sum(accepted) / len(accepted), len(accepted))
         if seconds is not None:
             self._costs.observe(len(accepted), index, seconds, settled)
 
@@ -371,10 +371,11 @@ class _Yields:
         self._weights = [w * share for w in self._weights]
         self._accepted *= share
 
-    def observe(self, index: int, accepted: float) -> None:
-        self._keep(1 - 1 / YIELD_STEPS)
-        self._weights[index] += 1
-        self._accepted += accepted
+    def observe(self, index: int, accepted: float, rows: int) -> None:
+        weight = rows**0.5
+        self._keep((1 - 1 / YIELD_STEPS) ** weight)
+        self._weights[index] += weight
+        self._accepted += weight * accepted
         while self._at + 1 < len(self._grid) and self._expected(self._at) > self._accepted:
             self._at += 1
         while self._at > 0 and self._expected(self._at - 1) <= self._accepted:

@@ -12,12 +12,13 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be tested")
 
+from redrafter.algorithm.step import DecodeState
 from redrafter.backends.protocol import PromptPart
 from redrafter.backends.torch.attention import EXACT, FAST, KERNEL
 from redrafter.backends.torch.cuda import GraphBackend
 from redrafter.backends.torch.drafter import Drafter
 from redrafter.backends.torch.drafting import TorchDrafter
-from redrafter.backends.torch.graph import copy_into, leaves
+from redrafter.backends.torch.graph import IDLE, copy_into, leaves
 from redrafter.backends.torch.load import TorchBackend, make_target
 from redrafter.batch import first_state, join, take_rows
 from redrafter.bench.control import accepting_nothing
@@ -134,6 +135,39 @@ def test_a_graph_of_four_rows_serves_three() -> None:
     assert all(torch.equal(a, b) for a, b in zip(leaves(kept), leaves(wanted), strict=True))
     assert backend.keep_rows(wanted, [0]) is None, "not the graph's"
     assert backend.keep_rows(kept, [1, 0]) is None, "a row would be overwritten before it moves"
+
+
+def test_a_row_that_ended_is_idle_before_the_host_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One answer ends with a token that ends it, one is full, the third goes on."""
+    config: dict[str, Any] = {"cell": "rnn", "head": "own", "exit_dim": 0, "trunk_layers": 0, "feature_layers": ()}
+    prompts = [[5, 17, 33, 8], [41, 12, 60], [9, 4, 7]]
+    settings = [SamplingParams(max_new_tokens=count, ignore_eos=True) for count in (6, 2, 6)]
+
+    def answers(backend: TorchBackend) -> list[list[int]]:
+        engine, found = Engine(backend, SHAPE, 3), dict[str, list[int]]()
+        for name, prompt, params in zip("abc", prompts, settings, strict=True):
+            engine.add(name, prompt, params)
+        while engine.has_work:
+            for event in engine.step():
+                found.setdefault(event.request_id, []).extend(event.tokens)
+            engine.check()
+        return [found[name] for name in "abc"]
+
+    plain = make("plain", **config)
+    first = answers(plain)
+    settings[0] = replace(settings[0], stop_token_ids=(first[0][2],))
+    wanted = [first[0][: first[0].index(first[0][2])], *first[1:]]
+    assert wanted == answers(plain) and len(wanted[0]) > 0
+    recorded = make("graph", KERNEL, **config)
+    lengths, step = list[int](), recorded.step
+
+    def watched(state: DecodeState, config: DecodeConfig) -> Any:
+        lengths.extend(state.lengths.tolist())
+        return step(state, config)
+
+    monkeypatch.setattr(recorded, "step", watched)
+    assert answers(recorded) == wanted
+    assert lengths.count(IDLE) == 2, "once for each answer that ended while another went on"
 
 
 def test_a_graph_serves_every_step_of_its_kind() -> None:

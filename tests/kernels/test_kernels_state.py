@@ -10,7 +10,7 @@ from redrafter.algorithm.beam import Reading
 from redrafter.algorithm.sampling import Sampling
 from redrafter.algorithm.step import DecodeState
 from redrafter.algorithm.step import advance as twin
-from redrafter.backends.torch.graph import IDLE
+from redrafter.backends.torch.graph import IDLE, STOPS, Ends, ended
 from redrafter.backends.torch.kernels.state import advance, place_nodes
 from redrafter.backends.torch.ops import TorchOps
 
@@ -40,8 +40,27 @@ def test_the_state_is_the_algorithms_and_idle_rows_stay_idle(device: torch.devic
     lengths = torch.tensor([12, 3, IDLE], device=device)
     state = DecodeState(Reading(whole, tokens, lengths, length), tokens[:, 0], lengths, Sampling())
     expected = twin(TorchOps(), state, features, accepted)
-    found = advance(features, path, length, lengths)
+    found = advance(features, accepted, lengths)
     assert torch.equal(found.features, expected.reading.features)
     assert torch.equal(found.pairs, expected.reading.count)
     assert torch.equal(found.first, expected.reading.first)
     assert torch.equal(found.lengths[:2], expected.lengths[:2]) and found.lengths[2] == IDLE
+
+
+@pytest.mark.parametrize("depths", [1, 3, 6])
+def test_a_row_that_ended_is_idle(device: torch.device, depths: int) -> None:
+    """By a token that ends it, accepted or the bonus, or because its answer is full; the others go on."""
+    rows = 64
+    tokens = torch.randint(0, 12, (rows, depths), device=device)
+    length = torch.randint(0, depths, (rows,), device=device)
+    stops = torch.cat([torch.randint(0, 40, (rows, 2), device=device), torch.full((rows, STOPS - 2), -1)], 1)
+    before, full = torch.randint(1, 9, (rows,), device=device), torch.randint(6, 20, (rows,), device=device)
+    before[::7] = IDLE
+    path = torch.zeros_like(tokens)
+    accepted = Accepted(path, length, tokens[:, -1], tokens, length == length)
+    found = advance(torch.randn(rows, 2, 16, device=device), accepted, before, Ends(stops, full))
+    after = before + 1 + length
+    expected = torch.where((before == IDLE) | ended(Ends(stops, full), tokens, after), IDLE, after)
+    assert torch.equal(found.lengths, expected)
+    assert {IDLE} < set(found.lengths.tolist()), "some end, some do not"
+    assert torch.equal(found.first, before) and torch.equal(found.pairs, length + 1)

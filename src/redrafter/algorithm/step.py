@@ -38,6 +38,7 @@ class DecodeState(NamedTuple):
     root: Array  # [B] int64 the token the target already guaranteed, emitted but not yet in the cache
     lengths: Array  # [B] int64 tokens in the cache, which is also the root's absolute position
     sampling: Sampling
+    ends: Any = None  # where each row's answer ends, on backends that look for it during the step
 
 
 class Stages(NamedTuple):
@@ -101,6 +102,7 @@ def advance(ops: Ops, state: DecodeState, features_BNF: Array, accepted: Accepte
         root=accepted.bonus,
         lengths=state.lengths + 1 + accepted.length,
         sampling=counted(ops, state.sampling, accepted),
+        ends=state.ends,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -77,6 +77,10 @@ class BaseBackend:
 
     def keep_rows(self, state: DecodeState, order: Sequence[int]) -> DecodeState | None:
         """None: nothing lies in buffers of its own."""
+        return None
+
+    def ends(self, stop_ids: Collection[int], full: int) -> Any:
+        """None: the host looks before the next step."""
         return None
 
     def prepare(self, max_batch: int, shapes: Sequence[DecodeConfig]) -> None:

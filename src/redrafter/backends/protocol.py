@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from redrafter.algorithm.accept import Accepted
@@ -137,6 +137,10 @@ class Backend(Protocol):
 
     def sampling(self, requests: Sequence[SamplingHistory]) -> Sampling:
         """The batch's settings as arrays; a field that no request uses is None."""
+
+    def ends(self, stop_ids: Collection[int], full: int) -> Any:
+        """For ``DecodeState.ends``, a tuple of arrays of one row, whose answer ends with any of these tokens or with
+        ``full`` tokens in the cache; None where steps do not look for that. The host looks in any case."""
 
     def no_features(self) -> Array:
         """[F] zeros in the target's dtype: what precedes a text's first token."""

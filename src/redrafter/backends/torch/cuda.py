@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from redrafter.backends.base import BaseBackend, Fetched
 from redrafter.backends.protocol import PromptPart
 from redrafter.backends.torch.drafter import Drafter
 from redrafter.backends.torch.drafting import DraftState, TorchDrafter
-from redrafter.backends.torch.graph import IDLE, CudaRecorder, GraphRunner, leaves, mapped
+from redrafter.backends.torch.graph import IDLE, STOPS, CudaRecorder, Ends, GraphRunner, leaves, mapped
 from redrafter.backends.torch.kernels import step as kernels
 from redrafter.backends.torch.kernels.cell import gru_step, residual_block
 from redrafter.backends.torch.kernels.lookup import find_chain
@@ -140,6 +140,12 @@ class GraphBackend(TorchBackend):
         view = self._runner(state, config)
         self._told = view.told
         return view.after, view.accepted, view.tree
+
+    def ends(self, stop_ids: Collection[int], full: int) -> Ends | None:
+        if not self.target.reads_chains:  # only the kernels know idle rows
+            return None
+        tokens = sorted(stop_ids)[:STOPS]
+        return Ends(self.array([tokens + [-1] * (STOPS - len(tokens))]), self.array([full]))
 
     def keep_rows(self, state: DecodeState, order: Sequence[int]) -> DecodeState | None:
         return self._runner.keep(state, order)
@@ -351,9 +357,9 @@ def _choose_accept(ops: Ops, logits: Tensor, tree: Any, sampling: Any, noise: An
 
 
 def _advance(ops: Ops, state: DecodeState, features: Tensor, accepted: Accepted) -> DecodeState:
-    read, first, count, lengths = kernels.advance(features, accepted.path, accepted.length, state.lengths)
+    read, first, count, lengths = kernels.advance(features, accepted, state.lengths, state.ends)
     reading = Reading(read, accepted.tokens, first, count)
-    return DecodeState(reading, accepted.bonus, lengths, counted(ops, state.sampling, accepted))
+    return DecodeState(reading, accepted.bonus, lengths, counted(ops, state.sampling, accepted), state.ends)
 
 
 KERNELS = Stages(_noise, _draft, _pack, _choose_accept, _advance)

@@ -75,6 +75,22 @@ IDLE = -2
 """The length of a row that no request runs in, before and after a step: its keys and values go behind all texts, its
 outcome to nobody. (A row whose text is one token has length 0, and its reading begins at -1.)"""
 
+STOPS = 8
+"""Tokens that end an answer which a step looks for; the host knows them all."""
+
+
+class Ends(NamedTuple):
+    """Where a row's answer ends. The row is idle from then on: in the step that was launched before the host knew, it
+    reads no text and writes behind all."""
+
+    tokens: Tensor  # [B, STOPS] int64; -1: none
+    full: Tensor  # [B] int64 tokens in the cache when the answer is as long as it may become
+
+
+def ended(ends: Ends, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
+    """[B] bool: whether a step that emitted these tokens and left so many in the cache was a row's last."""
+    return (tokens_BT[:, :, None] == ends.tokens[:, None]).any(2).any(1) | (lengths_B >= ends.full)
+
 
 def size_for(rows: int, most: int) -> int:
     """The rows that a graph is recorded for: the next of 1, 2, 4, 6, 8, 12, 16, 24, 32, .. and at most ``most``."""

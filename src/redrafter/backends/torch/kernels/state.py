@@ -1,7 +1,7 @@
 """What surrounds a step's forward, one launch each: where its nodes go, and the state that it leaves.
 
-The eager twins are ``TorchTarget.verify``'s own lines and ``algorithm.step.advance``. A row of length ``IDLE`` has no
-request: its nodes go behind all texts and its state stays idle.
+The eager twins are ``TorchTarget.verify``'s own lines, ``algorithm.step.advance`` and ``graph.ended``. A row of length
+``IDLE`` has no request: its nodes go behind all texts and its state stays idle.
 
 Letters: B rows, N nodes, T depths, F feature width, S slots.
 """
@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from redrafter.backends.torch.graph import IDLE
+from redrafter.algorithm.accept import Accepted
+from redrafter.backends.torch.graph import IDLE, STOPS, Ends
 from redrafter.backends.torch.kernels.early import early, start_early
 
 
@@ -71,8 +72,9 @@ class Advanced(NamedTuple):
 
 @triton.jit
 def _advance(
-    features, path, accepted, lengths, out, first, count, after, idle, f_row, f_node,
-    DEPTHS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    features, path, accepted, tokens, lengths, stops, full, out, first, count, after, idle, f_row, f_node,
+    DEPTHS: tl.constexpr, DEPTHS_P: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STOPS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program copies BLOCK features of one depth; the first of a row writes its numbers."""
     start_early(EARLY)
@@ -88,20 +90,31 @@ def _advance(
         kept = tl.load(accepted + row) + 1
         tl.store(first + row, length)
         tl.store(count + row, kept)
-        tl.store(after + row, tl.where(length <= idle, length, length + kept))
+        known = length + kept
+        if STOPS > 0:
+            step = tl.arange(0, DEPTHS_P)
+            emitted = tl.load(tokens + row * DEPTHS + step, mask=step < DEPTHS, other=-2)
+            stop = tl.load(stops + row * STOPS + tl.arange(0, STOPS))
+            last = tl.sum((emitted[:, None] == stop[None, :]).to(tl.int32)) > 0
+            known = tl.where(last | (known >= tl.load(full + row)), idle, known)
+        tl.store(after + row, tl.where(length <= idle, length, known))
 
 
-def advance(features_BNF: Tensor, path_BT: Tensor, accepted_B: Tensor, lengths_B: Tensor) -> Advanced:
-    """``algorithm.step.advance``: what is read next, from where, how much of it counts, and the lengths."""
-    rows, depths = path_BT.shape
+def advance(features_BNF: Tensor, accepted: Accepted, lengths_B: Tensor, ends: Ends | None = None) -> Advanced:
+    """``algorithm.step.advance``: what is read next, from where, how much of it counts, and the lengths. Rows that
+    ended (``graph.ended``) are idle."""
+    rows, depths = accepted.path.shape
     width = features_BNF.shape[2]
     assert features_BNF.stride(2) == 1
-    assert all(x.is_contiguous() for x in (path_BT, accepted_B, lengths_B))
+    numbers = (accepted.path, accepted.length, accepted.tokens, lengths_B)
+    stops, full = (lengths_B, lengths_B) if ends is None else ends
+    assert all(x.is_contiguous() for x in (*numbers, stops, full))
     out = torch.empty(rows, depths, width, dtype=features_BNF.dtype, device=features_BNF.device)
     first, count, after = (torch.empty_like(lengths_B) for _ in range(3))
     block = min(2048, triton.next_power_of_2(width))
     _advance[(rows, depths, triton.cdiv(width, block))](
-        features_BNF, path_BT, accepted_B, lengths_B, out, first, count, after, IDLE, *features_BNF.stride()[:2],
-        DEPTHS=depths, WIDTH=width, BLOCK=block, num_warps=4, **early(out),
+        features_BNF, *numbers, stops, full, out, first, count, after, IDLE, *features_BNF.stride()[:2],
+        DEPTHS=depths, DEPTHS_P=triton.next_power_of_2(depths), WIDTH=width, BLOCK=block,
+        STOPS=0 if ends is None else STOPS, num_warps=4, **early(out),
     )  # fmt: skip
     return Advanced(out, first, count, after)
