@@ -58,7 +58,7 @@ MEANING = {
     "gpu7b_start_seconds": "7B-shape instrument: from the command to the first request",
     "gpu135m_speedup_greedy": "SmolLM2-135M itself: speculative over plain, tokens per second, greedy, batch 1",
     "gpu135m_plain_tokens_per_second": "SmolLM2-135M itself: plain decoding, batch 1",
-    "gpu_worst_adaptive": "smallest speed-up of both models, batches 1, 8, 32, greedy and temperature 1, adaptive",
+    "gpu_worst_adaptive": "smallest speed-up of both models, batches 1, 4, 8, 32, greedy and temperature 1, adaptive",
     "gpu7b_forks": "7B-shape instrument, bf16: answers of 80 that differ from plain decoding, 64 nodes",
     "gpu7b_control_forks": "the same of plain decoding whose steps verify 64 nodes and accept none",
     "gpu_fp32_forks": "answers on the GPU that differ from plain decoding, float32",
