@@ -13,8 +13,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from redrafter.algorithm.accept import Accepted
 from redrafter.algorithm.sampling import Sampling
 from redrafter.algorithm.tree import TokenTree
+from redrafter.backends.torch.graph import STOPS, Ends
 from redrafter.backends.torch.kernels import accept, beam, early, lookup, noise, pack, state, topk
 from redrafter.params import DecodeConfig
 
@@ -118,5 +120,7 @@ def test_noise_choose_and_accept_compile(done: list[str]) -> None:
 def test_what_surrounds_a_forward_compiles(done: list[str]) -> None:
     one, words = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 64, 2, dtype=torch.int64)
     state.place_nodes(words[:, :, 0].contiguous(), words, one, 900)
-    state.advance(torch.zeros(2, 64, 2304, dtype=torch.bfloat16), words[:, :9, 0].contiguous(), one, one)
-    assert done == ["_place", "_advance"]
+    features, path = torch.zeros(2, 64, 2304, dtype=torch.bfloat16), words[:, :9, 0].contiguous()
+    for ends in (None, Ends(words[:, :STOPS, 0].contiguous(), one)):
+        state.advance(features, Accepted(path, one, one, path, one > 0), one, ends)
+    assert done == ["_place", "_advance", "_advance"]
