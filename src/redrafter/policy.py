@@ -23,8 +23,7 @@ PROBE_RATE, UNSURE_PROBE_RATE, SURE_STEPS = 0.85, 0.6, 5
 """Shapes below this share of the best one's expected rate are not tried; the second until they were seen so often, for
 the few times at start-up may have met a busy moment."""
 PLAIN_PROBE_EVERY, PLAIN_PROBE_MOST, HOPELESS_PROBE_EVERY = 64, 512, 1536
-"""The same where plain decoding is in use, after pauses that double; the last where the drafter would not pay even if
-it did what it did when it was measured."""
+"""The same beside plain decoding, after pauses that double; the last where what was once measured would not pay."""
 COST_GAIN = 0.1
 """How far an observed time moves what is believed."""
 START_WEIGHT = 1
