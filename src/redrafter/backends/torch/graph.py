@@ -87,11 +87,6 @@ class Ends(NamedTuple):
     full: Tensor  # [B] int64 tokens in the cache when the answer is as long as it may become
 
 
-def ended(ends: Ends, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
-    """[B] bool: whether a step that emitted these tokens and left so many in the cache was a row's last."""
-    return (tokens_BT[:, :, None] == ends.tokens[:, None]).any(2).any(1) | (lengths_B >= ends.full)
-
-
 def size_for(rows: int, most: int) -> int:
     """The rows that a graph is recorded for: the next of 1, 2, 4, 6, 8, 12, 16, 24, 32, .. and at most ``most``."""
     power = 1 << (rows - 1).bit_length()

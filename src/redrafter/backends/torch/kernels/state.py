@@ -1,7 +1,7 @@
 """What surrounds a step's forward, one launch each: where its nodes go, and the state that it leaves.
 
-The eager twins are ``TorchTarget.verify``'s own lines, ``algorithm.step.advance`` and ``graph.ended``. A row of length
-``IDLE`` has no request: its nodes go behind all texts and its state stays idle.
+The eager twins are ``TorchTarget.verify``'s own lines and ``algorithm.step.advance``. A row of length ``IDLE`` has no
+request: its nodes go behind all texts and its state stays idle.
 
 Letters: B rows, N nodes, T depths, F feature width, S slots.
 """
@@ -101,8 +101,8 @@ def _advance(
 
 
 def advance(features_BNF: Tensor, accepted: Accepted, lengths_B: Tensor, ends: Ends | None = None) -> Advanced:
-    """``algorithm.step.advance``: what is read next, from where, how much of it counts, and the lengths. Rows that
-    ended (``graph.ended``) are idle."""
+    """``algorithm.step.advance``: what is read next, from where, how much of it counts, and the lengths. Rows whose
+    answer ended (``graph.Ends``) are idle."""
     rows, depths = accepted.path.shape
     width = features_BNF.shape[2]
     assert features_BNF.stride(2) == 1
