@@ -17,7 +17,7 @@ def done(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> list[str]:
     names: list[str] = []
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(early, "_hopper", lambda device: True)
-    kernels = ((cell, "_gru"), (cell, "_block"), (cell, "_small_block"), (copies, "_copies"))
+    kernels = ((cell, "_gru"), (cell, "_block"), (cell, "_small_block"), (cell, "_gates"), (copies, "_copies"))
     for module, name in (*kernels, (trunk, "_scaled_parts"), (window, "_window_attention")):
         monkeypatch.setattr(module, name, Compiled(getattr(module, name), names))
     return names
@@ -37,6 +37,8 @@ def test_trunk_and_cell_compile(done: list[str], dtype: torch.dtype) -> None:
     cell.gru_step(table, tokens[:, -1:], state[:, :1].contiguous(), None, u, table[0])
     for rows in (8, 32):
         cell.residual_block(torch.zeros(rows, 576, dtype=dtype), u[:1152], table[:rows, :1152])
+    _, ahead = cell.block_and_cell(state[0], torch.cat([u[:1152], u]), table[:8, :1152], table[0])
+    cell.gated(table, tokens[:1, :8].contiguous(), state[:1], tokens[:1, :8].contiguous(), ahead[None])
     copies.copy_together([(state, state), (tokens, tokens)])
-    cells = ["_gru", "_gru", "_small_block", "_block"]
+    cells = ["_gru", "_gru", "_small_block", "_block", "_small_block", "_gates"]
     assert done == ["_scaled_parts", "_window_attention", "_window_attention", *cells, "_copies"]

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels cannot be tested")
 
-from redrafter.backends.torch.kernels.cell import gru_step, residual_block
+from redrafter.backends.torch.kernels.cell import block_and_cell, gated, gru_step, residual_block
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -43,6 +43,24 @@ def test_residual_block(rows: int, shared: bool) -> None:
     a, b = (F.linear(x, w) + r).chunk(2, -1)
     y = residual_block(x, w, r.expand(rows, 80))
     torch.testing.assert_close(y, a + F.silu(b), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize("size", [16, 70, 140])
+def test_the_cells_product_ahead_of_the_choice(size: int, beams: int) -> None:
+    """The block beside U s + bias, then the states of the beams that were picked: as one after the other."""
+    rows, outputs = 3, 2 * 20
+    table, state, bias = random(11, 3 * size, seed=1), random(rows, beams, size, seed=2), random(3 * size, seed=3)
+    weight, added = random(outputs + 3 * size, size, seed=4), random(rows * beams, outputs, seed=5)
+    flat = state.view(rows * beams, size)
+    y, ahead = block_and_cell(flat, weight, added, bias)
+    u = weight[outputs:].contiguous()
+    torch.testing.assert_close(y, residual_block(flat, weight[:outputs].contiguous(), added), rtol=0, atol=0)
+    torch.testing.assert_close(ahead, F.linear(flat, u, bias), rtol=1e-5, atol=1e-4)
+    index = torch.randint(0, 11, (rows, 5), generator=torch.Generator().manual_seed(6))
+    parent = torch.randint(0, beams, (rows, 5), generator=torch.Generator().manual_seed(7))
+    found = gated(table, index, state, parent, ahead.view(rows, beams, -1))
+    torch.testing.assert_close(found, gru_step(table, index, state, parent, u, bias), rtol=1e-5, atol=1e-5)
 
 
 def test_half_precision() -> None:

@@ -69,12 +69,14 @@ def assert_same_start(eager: TorchDrafter, fast: KernelDrafter, reading: Reading
 
 
 def assert_same_logits(eager: TorchDrafter, fast: KernelDrafter, expected: DraftState, state: DraftState) -> None:
-    """Of the root's beam, and of two beams that go on from it."""
+    """Of the root's beam, of two beams that go on from it, and of three that go on from those crosswise."""
     rows = len(expected.state)
     torch.testing.assert_close(fast.logits(state), eager.logits(expected), rtol=1e-4, atol=1e-4)
-    beam, token = torch.zeros(rows, 2, dtype=torch.int64), torch.arange(2 * rows).view(rows, 2) % VOCAB
-    expected, state = eager.extend(expected, beam, token), fast.extend(state, beam, token)
-    torch.testing.assert_close(fast.logits(state), eager.logits(expected), rtol=1e-4, atol=1e-4)
+    for parents in ([0, 0], [1, 0, 1]):
+        beam = torch.tensor([parents] * rows)
+        token = torch.arange(beam.numel()).view(beam.shape) % VOCAB
+        expected, state = eager.extend(expected, beam, token), fast.extend(state, beam, token)
+        torch.testing.assert_close(fast.logits(state), eager.logits(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_every_part_is_scaled_alone() -> None:
@@ -104,6 +106,19 @@ def test_a_step_begins_as_on_the_eager_path(count: list[int], config: dict[str, 
     eager, fast = pair_of(3, **config)
     assert fast._last_context is not None
     assert_same_start(eager, fast, reading_of(count, 9))
+
+
+@pytest.mark.parametrize(
+    ("config", "beams", "made"),
+    [({}, 8, True), ({}, 9, False), ({"num_blocks": 0}, 8, False), ({"cell": "rnn"}, 8, False)],
+)
+def test_the_cells_product_is_made_before_the_search_has_picked(config: dict[str, Any], beams: int, made: bool) -> None:
+    """In the block's launch, where that has few rows: two requests of 8 beams, not of 9."""
+    _, fast = pair_of(2, **config)
+    state = fast.begin(reading_of([4, 2], 5))
+    wide = fast.extend(state, torch.zeros(2, beams, dtype=torch.int64), torch.zeros(2, beams, dtype=torch.int64))
+    fast.logits(wide)
+    assert (fast._ahead is not None and fast._ahead[0] is wide.state) == made
 
 
 def test_more_pairs_than_a_kernel_of_few_rows_takes() -> None:
