@@ -17,7 +17,7 @@ def done(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> list[str]:
     names: list[str] = []
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(early, "_hopper", lambda device: True)
-    kernels = ((cell, "_gru"), (cell, "_block"), (cell, "_small_block"), (cell, "_gates"), (copies, "_copies"))
+    kernels = ((cell, "_block_and_cell"), (cell, "_gates"), (copies, "_copies"))
     for module, name in (*kernels, (trunk, "_scaled_parts"), (window, "_window_attention")):
         monkeypatch.setattr(module, name, Compiled(getattr(module, name), names))
     return names
@@ -33,12 +33,13 @@ def test_trunk_and_cell_compile(done: list[str], dtype: torch.dtype) -> None:
     window.window_attention((q, k, k), (kept, kept), one, 512, window.Rotation(angle, angle), one)
     table, u = torch.zeros(50, 3 * 576, dtype=dtype), torch.zeros(3 * 576, 576, dtype=dtype)
     state = torch.zeros(2, 8, 576, dtype=dtype)
-    cell.gru_step(table, tokens[:, :8].contiguous(), state, tokens[:, :8].contiguous(), u, table[0])
-    cell.gru_step(table, tokens[:, -1:], state[:, :1].contiguous(), None, u, table[0])
-    for rows in (8, 32):
-        cell.residual_block(torch.zeros(rows, 576, dtype=dtype), u[:1152], table[:rows, :1152])
-    _, ahead = cell.block_and_cell(state[0], torch.cat([u[:1152], u]), table[:8, :1152], table[0])
+    cell.block_and_cell(state[0], u[:1152], table[:8, :1152], None)
+    for rows in (64, 128, 8):
+        both, added = torch.cat([u[:1152], u]), torch.zeros(rows, 1152, dtype=dtype)
+        _, ahead = cell.block_and_cell(state[0, :1].repeat(rows, 1), both, added, table[0])
+    assert ahead is not None
     cell.gated(table, tokens[:1, :8].contiguous(), state[:1], tokens[:1, :8].contiguous(), ahead[None])
+    cell.gated(table, tokens[:, -1:], state[:, :1].contiguous(), None, ahead[:2, None])
     copies.copy_together([(state, state), (tokens, tokens)])
-    cells = ["_gru", "_gru", "_small_block", "_block", "_small_block", "_gates"]
+    cells = [*4 * ["_block_and_cell"], "_gates", "_gates"]
     assert done == ["_scaled_parts", "_window_attention", "_window_attention", *cells, "_copies"]

@@ -23,10 +23,11 @@ from redrafter.backends.torch.drafter import Drafter
 from redrafter.backends.torch.drafting import DraftState, TorchDrafter
 from redrafter.backends.torch.graph import IDLE, STOPS, CudaRecorder, Ends, GraphRunner, leaves, mapped
 from redrafter.backends.torch.kernels import step as kernels
-from redrafter.backends.torch.kernels.cell import block_and_cell, gated, gru_step, is_small, residual_block
+from redrafter.backends.torch.kernels.cell import block_and_cell, gated
 from redrafter.backends.torch.kernels.lookup import find_chain
 from redrafter.backends.torch.kernels.matmul import MAX_ROWS, few_rows
 from redrafter.backends.torch.kernels.outcome import pack_outcome
+from redrafter.backends.torch.kernels.rotate import interleaved
 from redrafter.backends.torch.kernels.trunk import LastContext
 from redrafter.backends.torch.kernels.window import window_attention
 from redrafter.backends.torch.load import TorchBackend, bind
@@ -216,15 +217,15 @@ class KernelDrafter(TorchDrafter):
             weight, self._bias = _with_block(drafter.input_proj, drafter.blocks[0].linear if drafter.blocks else None)
             parts = weight.split([config.width, config.state_size], 1)
             self._of_context, self._of_state = (part.contiguous() for part in parts)
-        self._with_cell: Tensor | None = None
-        """the weights of the block's part of a state, then the cell's"""
+            self._with_cell: tuple[Tensor, Tensor | None] = self._of_state, None
+        """what the block's part of a state is computed with, and behind it the cell's"""
         self._ahead: tuple[Tensor, Tensor] | None = None
         """the states that were last looked at, and what the cell will add of them"""
-        if self._gru and self._project and drafter.blocks and config.state_size % 2 == 0:
-            split = len(self._of_state)
-            self._with_cell = torch.cat([self._of_state, drafter.gru_u.weight])
-            self._of_state = self._with_cell[:split]
-            drafter.gru_u.weight = torch.nn.Parameter(self._with_cell[split:], requires_grad=False)
+        if self._gru and self._project and drafter.blocks:
+            split, u = len(self._of_state), drafter.gru_u
+            self._with_cell = torch.cat([self._of_state, u.weight]), u.bias
+            self._of_state = self._with_cell[0][:split]
+            u.weight = torch.nn.Parameter(self._with_cell[0][split:], requires_grad=False)
         self._last_context: LastContext | None = None
         self.arrived = torch.zeros(COUNTERS, dtype=torch.int32, device=drafter.token_ids.device)
         """counters of the beam search, a row each, which it leaves at zero"""
@@ -286,11 +287,13 @@ class KernelDrafter(TorchDrafter):
 
     def _next_state(self, token_BW: Tensor, state_BPS: Tensor, beam_BW: Tensor | None) -> Tensor:
         """[B, W, S]: the cell's next states; without beams W = P and everyone continues itself."""
-        u = self.drafter.gru_u
         assert self.table is not None
-        if beam_BW is not None and self._ahead is not None and self._ahead[0] is state_BPS:
-            return gated(self.table, token_BW, state_BPS, beam_BW, self._ahead[1])
-        return gru_step(self.table, token_BW, state_BPS, beam_BW, u.weight, u.bias)
+        if self._ahead is not None and self._ahead[0] is state_BPS:
+            ahead = self._ahead[1]
+        else:
+            u = self.drafter.gru_u
+            ahead = few_rows(state_BPS.flatten(0, 1), u.weight, u.bias)
+        return gated(self.table, token_BW, state_BPS, beam_BW, ahead)
 
     def logits(self, state: DraftState) -> Tensor:
         rows, width, size = state.state.shape
@@ -299,18 +302,16 @@ class KernelDrafter(TorchDrafter):
         if rows * width > MAX_ROWS:
             x = state.context + F.linear(state.state, self._of_state)
             if self.drafter.blocks:
-                x, inner = x.chunk(2, -1)
-                x = x + F.silu(inner)
+                x = x[..., 0::2] + F.silu(x[..., 1::2])
             for block in self.drafter.blocks[1:]:
                 x = block(x)
         else:
             context = state.context.expand(rows, width, -1).reshape(rows * width, -1)
             flat = state.state.reshape(rows * width, size)
-            if self._with_cell is not None and is_small(flat):
-                x, ahead = block_and_cell(flat, self._with_cell, context, self.drafter.gru_u.bias)
-                self._ahead = state.state, ahead
-            elif self.drafter.blocks:
-                x = residual_block(flat, self._of_state, context)
+            if self.drafter.blocks:
+                weight, bias = self._with_cell
+                x, ahead = block_and_cell(flat, weight, context, bias)
+                self._ahead = None if ahead is None else (state.state, ahead)
             else:
                 x = few_rows(flat, self._of_state, residual_MN=context)
             for block in self.drafter.blocks[1:]:
@@ -332,12 +333,13 @@ def _ours_is_faster(x: Tensor) -> bool:
 
 
 def _with_block(proj: torch.nn.Linear, block: Any) -> tuple[Tensor, Tensor]:
-    """Weight [2 E, ..] and bias [2 E] that give proj(x), then block(proj(x)); without a block those of ``proj``."""
+    """Weight [2 E, ..] and bias [2 E] that give proj(x) and block(proj(x)), a row of each in turn; without a block
+    those of ``proj``."""
     if block is None:
         return proj.weight, proj.bias
     weight, bias, inner = proj.weight.float(), proj.bias.float(), block.weight.float()
     folded = torch.cat([weight, inner @ weight]), torch.cat([bias, inner @ bias + block.bias.float()])
-    whole, both = (x.to(proj.weight.dtype) for x in folded)
+    whole, both = (interleaved(x, len(x)).to(proj.weight.dtype) for x in folded)
     return whole, both
 
 

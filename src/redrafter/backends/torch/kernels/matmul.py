@@ -186,10 +186,10 @@ def _plan(M: int, N: int, K: int, whole: bool, gated: bool) -> _Plan:
     if K < 2048:
         if M <= 16 and N <= 4096:
             return _Plan(16, 128, 1, 4, 4)
-        if M <= 16 and K >= 1024:
-            return _Plan(64, 128, 1, 4, 4)
         if M <= 16:
-            return _Plan(64, 128, 1, 4, 5)
+            return _Plan(64, 128, 1, 4, 4 if K >= 1024 else 5)
+        if M <= 32 and N > 4096:
+            return _Plan(64, 128, 1, 4, 4)
         return _Plan(32 if N <= 4096 else 64, 64, 1, 4, 4)
     split = 1
     if not whole:
