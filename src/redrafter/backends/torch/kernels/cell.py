@@ -17,6 +17,7 @@ from torch import Tensor
 
 from redrafter.backends.torch.kernels.early import early, start_early
 from redrafter.backends.torch.kernels.matmul import MAX_ROWS
+from redrafter.backends.torch.kernels.room import stages_in
 
 ROWS = 64
 """Of the weight, of a program that makes the block's and the cell's product."""
@@ -105,10 +106,10 @@ def _block_and_cell(
 def block_and_cell(
     x_MK: Tensor, weight: Tensor, added_MN: Tensor, bias_U: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """[M, N]: a + silu(b), where a and b in turn are x W^T + ``added``, of the first 2 N rows of the weight, whose rows
-    may lie any distance apart, 0 included; and, with ``bias_U``, what the cell will add of the same states, U x + bias
-    [M, 3 K]: that does not depend on the tokens the search is about to pick. The weight's rows behind are U. M <=
-    MAX_ROWS."""
+    """[M, N]: a + silu(b), where a and b in turn are x W^T + ``added``, of the weight's first 2 N rows; and, with
+    ``bias_U``, what the cell will add of the same states, x U^T + bias [M, U], of the rows behind: that does not depend
+    on the tokens the search is about to pick. M <= MAX_ROWS; rows of ``added`` may lie any distance apart, 0 included.
+    """
     (M, K), width = x_MK.shape, added_MN.shape[1]
     U = 0 if bias_U is None else len(bias_U)
     assert x_MK.is_contiguous() and weight.is_contiguous() and M <= MAX_ROWS
@@ -116,10 +117,11 @@ def block_and_cell(
     y, ahead = x_MK.new_empty(M, width // 2), x_MK.new_empty(M, U)
     # Fastest of 9 to 20 cuts, of 8 to 64 rows with 576 and 1,152 inputs: as many bytes on their way as there is room.
     BK = (256 if K >= 1024 else 128) // x_MK.element_size()
-    stages = 9 if M <= 16 else 5 if M <= 64 else 4
+    BM = max(16, triton.next_power_of_2(M))
+    stages = stages_in(y, 9 if M <= 16 else 5 if M <= 64 else 4, (ROWS + BM) * BK)
     _block_and_cell[(triton.cdiv(width, ROWS) + triton.cdiv(U, ROWS),)](
         x_MK, weight, added_MN, added_MN.stride(0), y if bias_U is None else bias_U, y, ahead, M, width // 2, K, U,
-        max(16, triton.next_power_of_2(M)), ROWS, BK, "tf32" if y.element_size() == 2 else "ieee",
+        BM, ROWS, BK, "tf32" if y.element_size() == 2 else "ieee",
         num_warps=4, num_stages=stages, **early(y),
     )  # fmt: skip
     return y, None if bias_U is None else ahead
