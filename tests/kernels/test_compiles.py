@@ -53,17 +53,8 @@ class Compiled:
 
     def launch(self, *values: Any, **named: Any) -> None:
         options = {name: named.pop(name) for name in OPTIONS if name in named}
-        self.compiled(self.source(*values, **named), options)
-        self.done.append(self.kernel.__name__)
-
-    def compiled(self, source: ASTSource, options: dict[str, Any]) -> None:
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        assert len(compiled.asm["cubin"]) > 0
-
-    def source(self, *values: Any, **named: Any) -> ASTSource:
-        """The kernel with what a launch tells the compiler: types, constants, and that memory is aligned, without which
-        nothing is brought ahead."""
-        given = {**dict(zip(self.kernel.arg_names, values, strict=False)), **named}
+        names = self.kernel.arg_names
+        given = {**dict(zip(names, values, strict=False)), **named}
         signature, constants, aligned = {}, {}, {}
         for place, parameter in enumerate(self.kernel.params):
             name, value = parameter.name, given.pop(parameter.name)
@@ -71,10 +62,13 @@ class Compiled:
                 signature[name], constants[(place,)] = "constexpr", value
             else:
                 signature[name] = type_of(value)
-                if isinstance(value, torch.Tensor):
+                if isinstance(value, torch.Tensor):  # without it nothing is brought ahead
                     aligned[(place,)] = [["tt.divisibility", 16]]
         assert not given, f"{self.kernel.__name__} has no arguments {list(given)}"
-        return ASTSource(self.kernel, signature, constants, aligned)
+        source = ASTSource(self.kernel, signature, constants, aligned)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        assert len(compiled.asm["cubin"]) > 0
+        self.done.append(self.kernel.__name__)
 
 
 @pytest.fixture

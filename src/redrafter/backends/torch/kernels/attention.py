@@ -24,7 +24,6 @@ import triton.language as tl
 from torch import Tensor
 
 from redrafter.backends.torch.kernels.early import MULTIPROCESSORS, early, start_early
-from redrafter.backends.torch.kernels.room import stages_in
 from redrafter.backends.torch.kernels.tall import tall
 
 MAX_NODES = 128
@@ -284,7 +283,6 @@ def tree_attention(
     if arrived is None or len(arrived) < groups:
         arrived = torch.zeros(groups, dtype=torch.int32, device=query.device)
     exact = query.dtype == torch.float32
-    block = max(plan.block_slots, _SPREAD_BLOCK.value) if plan.spread else plan.block_slots
     _tree_attention[(plan.parts, plan.tiles, rows * kv_heads)](
         query, keys, values, lengths_B, ancestors, lengths_B if at_B is None else at_B, out, partial, arrived,
         nodes, plan.parts, scale, softcap or 0.0,
@@ -292,7 +290,6 @@ def tree_attention(
         lengths_B.stride(0), ancestors.stride(0), ancestors.stride(1), 0 if at_B is None else at_B.stride(0),
         kv_heads, heads // kv_heads, width, padded, plan.tile_rows, plan.block_slots,
         plan.spread, softcap is not None, "ieee" if exact else "tf32", at_B is not None,
-        num_warps=plan.warps, num_stages=stages_in(out, plan.stages, 2 * block * padded, plan.tile_rows * padded),
-        **early(out),
+        num_warps=plan.warps, num_stages=plan.stages, **early(out),
     )  # fmt: skip
     return out

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from redrafter.backends.torch.kernels.early import early, start_early
 from redrafter.backends.torch.kernels.matmul import MAX_ROWS
-from redrafter.backends.torch.kernels.room import stages_in
 
 ROWS = 64
 """Of the weight, of a program that makes the block's and the cell's product."""
@@ -117,11 +116,10 @@ def block_and_cell(
     y, ahead = x_MK.new_empty(M, width // 2), x_MK.new_empty(M, U)
     # Fastest of 9 to 20 cuts, of 8 to 64 rows with 576 and 1,152 inputs: as many bytes on their way as there is room.
     BK = (256 if K >= 1024 else 128) // x_MK.element_size()
-    BM = max(16, triton.next_power_of_2(M))
-    stages = stages_in(y, 9 if M <= 16 else 5 if M <= 64 else 4, (ROWS + BM) * BK)
+    stages = 9 if M <= 16 else 5 if M <= 64 else 4
     _block_and_cell[(triton.cdiv(width, ROWS) + triton.cdiv(U, ROWS),)](
         x_MK, weight, added_MN, added_MN.stride(0), y if bias_U is None else bias_U, y, ahead, M, width // 2, K, U,
-        BM, ROWS, BK, "tf32" if y.element_size() == 2 else "ieee",
+        max(16, triton.next_power_of_2(M)), ROWS, BK, "tf32" if y.element_size() == 2 else "ieee",
         num_warps=4, num_stages=stages, **early(y),
     )  # fmt: skip
     return y, None if bias_U is None else ahead

@@ -20,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 from redrafter.backends.torch.kernels.early import early, start_early
-from redrafter.backends.torch.kernels.room import stages_in
 
 MAX_ROWS = 128
 """More rows than this are compute-bound sooner than bandwidth-bound: leave them to cuBLAS."""
@@ -254,6 +253,6 @@ def few_rows(
     _skinny[grid](
         *tensors, residual.stride(0), y, partial, arrived, M, N, K, eps, *flags,
         BM, plan.BN, plan.BK, split, precision, backwards,
-        num_warps=plan.warps, num_stages=stages_in(y, plan.stages, (BM + plan.BN * (1 + gated)) * plan.BK), **early(y),
+        num_warps=plan.warps, num_stages=plan.stages, **early(y),
     )  # fmt: skip
     return y

@@ -29,7 +29,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from redrafter.backends.torch.kernels.early import early, late, start_early, tell
 from redrafter.backends.torch.kernels.matmul import Workspace, gated_pairs
-from redrafter.backends.torch.kernels.room import stages_in
 from redrafter.backends.torch.kernels.rotate import Rotation, rotate_write
 from redrafter.backends.torch.kernels.tall import block_rows, fetched, tall
 
@@ -275,7 +274,6 @@ def stream(
         behind = Scaled(tall((M, N), values), squares, norm[1])
     BM = block_rows(M)
     assert cut.split == 1 or (not gated and cut.split * tiles * cut.BN * BM <= len(workspace.partial))
-    stages = stages_in(y, cut.stages, (BM + cut.BN * (1 + gated)) * cut.BK)
     tiles_in = len(x.squares) if isinstance(x, Scaled) else 0
     held = fetched(values)
     described = (
@@ -291,7 +289,7 @@ def stream(
         *sizes, N, K, BM, cut.BN, cut.BK, cut.split, max(1, triton.next_power_of_2(tiles_in)), isinstance(x, Scaled),
         gated, bias_N is not None, residual_MN is not None, behind is not None,
         "ieee" if values.dtype == torch.float32 else "tf32", cut.x_first, cut.ahead, held == BM,
-        num_warps=cut.warps, num_stages=stages, enable_fp_fusion=False,
+        num_warps=cut.warps, num_stages=cut.stages, enable_fp_fusion=False,
         **(late(y, tiles * cut.split) if cut.late else {"LATE": False, **early(y, weight.nbytes <= EARLY_BYTES)}),
     )  # fmt: skip
     return y, behind

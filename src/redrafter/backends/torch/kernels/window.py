@@ -15,7 +15,6 @@ from torch import Tensor, empty, float32
 
 from redrafter.backends.torch.graph import IDLE
 from redrafter.backends.torch.kernels.early import early, start_early
-from redrafter.backends.torch.kernels.room import stages_in
 
 MAX_PAIRS = 64
 
@@ -141,17 +140,15 @@ def window_attention(
     group = heads // kv_heads
     # Few programs, each of which waits for its blocks one after the other: fewer, larger ones where they fit.
     large = query.element_size() == 2 and width <= 64
-    padded, BM = (max(16, triton.next_power_of_2(n)) for n in (width, queries * group))
-    BN = 256 if large else 64 if padded * query.element_size() <= 512 else 32
-    stages = stages_in(out, 1 if large else 2, 2 * BN * padded, BM * padded)
     _window_attention[(rows, kv_heads)](
         query, new_keys, new_values, keys, values, cos, sin, first_B, first_B if count_B is None else count_B, out,
         width**-0.5, slots, IDLE,
         *query.stride()[:3], *new_keys.stride()[:3], *new_values.stride()[:3], *keys.stride()[:3],
         PAIRS=pairs, KV_HEADS=kv_heads, GROUP=group, D=width, WINDOW=window,
         QUERIES=queries, ROTATE=rotation is not None, LAST=count_B is not None,
-        PAIRS_P=triton.next_power_of_2(pairs), D_P=padded, BM=BM, BN=BN,
+        PAIRS_P=triton.next_power_of_2(pairs), D_P=max(16, triton.next_power_of_2(width)),
+        BM=max(16, triton.next_power_of_2(queries * group)), BN=256 if large else 64,
         PRECISION="ieee" if query.dtype == float32 else "tf32", num_warps=8 if large else 4,
-        num_stages=stages, **early(out),
+        num_stages=1 if large else 2, **early(out),
     )  # fmt: skip
     return out
